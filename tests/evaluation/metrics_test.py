@@ -1,0 +1,147 @@
+"""Each metric against values worked out by hand."""
+
+import pytest
+
+from modjax.evaluation import metrics
+
+GOLD = "[IN:REMIND [SL:PERSON me ] [SL:DATE_TIME at 5:30 ] ]"
+
+
+def value(name, target, prediction, language=None):
+    score = metrics.get(name)([target], [prediction], language=language)
+    assert score.n == 1
+    assert score.per_example == pytest.approx((score.value,))
+    return score.value
+
+
+@pytest.mark.parametrize(
+    ("prediction", "exact", "inexact", "structure", "malformed"),
+    [
+        (GOLD, 100, 100, 100, 0),
+        (f" {GOLD}\n", 100, 100, 100, 0),
+        ("[IN:REMIND [SL:DATE_TIME At 5 : 30. ] [SL:PERSON ME ] ]", 0, 100, 100, 0),
+        ("[IN:REMIND [SL:PERSON me ] [SL:DATE_TIME at six ] ]", 0, 0, 100, 0),
+        ("[IN:REMIND [SL:PERSON [SL:DATE_TIME at 5:30 ] me ] ]", 0, 0, 0, 0),
+        ("[IN:CALL [SL:PERSON me ] [SL:DATE_TIME at 5:30 ] ]", 0, 0, 0, 0),
+        ("[IN:REMIND [SL:PERSON me ] [SL:DATE_TIME at 5:30 ]", 0, 0, 0, 100),
+        ("", 0, 0, 0, 100),
+    ],
+)
+def test_parse_metrics_forgive_form_then_words_then_nothing(
+    prediction, exact, inexact, structure, malformed
+):
+    assert value("exact_match", GOLD, prediction) == exact
+    assert value("inexact_match", GOLD, prediction) == inexact
+    assert value("structure_match", GOLD, prediction) == structure
+    assert value("malformed", GOLD, prediction) == malformed
+
+
+@pytest.mark.parametrize("name", ["inexact_match", "structure_match"])
+def test_a_target_that_is_no_parse_is_an_error_that_shows_it(name):
+    with pytest.raises(ValueError, match=r"'O B-X' is no bracketed parse: words outside"):
+        metrics.get(name)(["O B-X"], ["O"])
+
+
+def test_values_are_means_and_examples_keep_their_order():
+    score = metrics.exact_match(["a", "b", "c", "d"], ["a", "x", "c", "x"])
+    assert score == metrics.Score(50.0, 4, (100.0, 0.0, 100.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction", "language", "f1", "exact"),
+    [
+        ("the big cat", "Big cat!", "en", 100, 100),
+        ("the big cat", "Big cat!", None, 80, 0),
+        ("die Katze", "the Katze", "en", 100 * 2 / 3, 0),
+        ("big cat", "cat big", "en", 100, 0),
+        ("a b c", "b c d e", None, 100 * 4 / 7, 0),
+        ("a a", "a", None, 100 * 2 / 3, 0),
+        (["nope", "new york city"], "New York", "en", 80, 0),
+        ([], "", "en", 100, 100),
+        ([], "something", "en", 0, 0),
+        ("東京", "東", "ja", 100 * 2 / 3, 0),
+    ],
+)
+def test_answers_count_by_their_best_gold_answer(target, prediction, language, f1, exact):
+    assert value("token_f1", target, prediction, language) == pytest.approx(f1)
+    assert value("qa_exact_match", target, prediction, language) == exact
+
+
+@pytest.mark.parametrize(
+    ("tags", "spans"),
+    [
+        ("O O", set()),
+        ("B-A I-A O B-A", {("A", 0, 1), ("A", 3, 3)}),
+        ("B-A B-A", {("A", 0, 0), ("A", 1, 1)}),
+        ("I-A I-B I-B", {("A", 0, 0), ("B", 1, 2)}),
+        ("B-A O I-A", {("A", 0, 0), ("A", 2, 2)}),
+        ("B-A E-A I-A S-B S-B", {("A", 0, 1), ("A", 2, 2), ("B", 3, 3), ("B", 4, 4)}),
+        ("NOUN NOUN O VERB", {("NOUN", 0, 1), ("VERB", 3, 3)}),
+        ("", set()),
+    ],
+)
+def test_spans_are_read_as_the_conll_scorer_reads_them(tags, spans):
+    assert metrics.spans_of(tags.split()) == spans
+
+
+def test_a_word_before_the_bar_is_not_part_of_the_tag():
+    assert metrics.tags_of("New|B-LOC  York|I-LOC a|b|O") == ["B-LOC", "I-LOC", "O"]
+    assert metrics.tags_of("B-LOC I-LOC O") == ["B-LOC", "I-LOC", "O"]
+
+
+def test_span_f1_pools_counts_over_examples():
+    score = metrics.span_f1(["B-A I-A O B-B", "O O"], ["B-A I-A O O", "B-A O"])
+    assert score.value == pytest.approx(100 * 2 * 1 / (2 + 2))
+    assert score.per_example == pytest.approx((100 * 2 / 3, 0))
+    assert metrics.span_f1(["O O"], ["O"]).value == 100
+
+
+def test_tag_accuracy_charges_for_missing_and_for_extra_tags():
+    score = metrics.tag_accuracy(["N V N", "N", ""], ["N N", "N V V", ""])
+    assert score.value == pytest.approx(100 * 2 / 6)
+    assert score.per_example == pytest.approx((100 / 3, 100 / 3, 100))
+
+
+@pytest.mark.parametrize("name", ["span_f1", "tag_accuracy"])
+def test_tags_with_several_alternatives_are_an_error(name):
+    with pytest.raises(ValueError, match=f"{name} takes one target per example, got 2"):
+        metrics.get(name)([["O", "N"]], ["O"])
+
+
+def test_bleu_and_chrf_agree_with_sacrebleu_and_take_several_references():
+    import sacrebleu
+
+    targets = ["the cat sat on the mat today", ["he reads a long book", "he reads a book"]]
+    predictions = ["the cat sat on a mat today", "he reads a book"]
+    streams = [[targets[0], targets[1][0]], [targets[0], targets[1][1]]]
+    bleu, chrf = metrics.bleu(targets, predictions), metrics.chrf(targets, predictions)
+    assert bleu.value == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score)
+    assert chrf.value == pytest.approx(sacrebleu.corpus_chrf(predictions, streams).score)
+    assert bleu.per_example[1] == 100 and bleu.per_example[0] < 100
+    assert chrf.per_example[1] == 100 and chrf.per_example[0] < 100
+
+
+def test_bleu_splits_scripts_without_spaces_into_characters():
+    target, prediction = "明日は東京で雨が降ります", "明日は京都で雨が降ります"
+    assert metrics.bleu([target], [prediction], language="ja").value > 30
+    assert metrics.bleu([target], [prediction]).value == 0
+
+
+def test_every_metric_takes_empty_predictions_and_stays_between_0_and_100():
+    for name, metric in metrics.METRICS.items():
+        score = metric([GOLD, GOLD], ["", GOLD], language="en")
+        assert 0 <= score.value <= 100, name
+        assert len(score.per_example) == score.n == 2, name
+
+
+def test_an_unknown_metric_names_the_nearest_and_who_asked():
+    with pytest.raises(metrics.UnknownMetricError, match="task 'x': .*'exact_mach'.*'exact_match'"):
+        metrics.get("exact_mach", "task 'x'")
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_lists_of_different_or_no_length_are_an_error(name):
+    with pytest.raises(ValueError, match="2 targets but 1 predictions"):
+        metrics.get(name)(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="nothing to score"):
+        metrics.get(name)([], [])
