@@ -1,0 +1,339 @@
+"""Tasks and mixtures: SeqIO's, and beside them what SeqIO has no place for.
+
+SeqIO keeps the data of a task. We keep its features (`{"task": "parse", "language": "sw"}`) and the
+names of its metrics, in a registry of our own keyed by the task's name. Every example of a task
+carries one number, the task's key, through mixing, shuffling and packing; the feature converter
+looks the features up by it (see `modjax.data.converters`).
+
+The key is a hash of the name, so that it is the same in every process and in a resumed run. Its two
+low bits say that the example's inputs or targets were longer than the limit.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import seqio
+import tensorflow as tf
+
+from modjax.errors import nearest
+from modjax.features import FeatureSpace, Value, as_values
+
+DATASET_KEY = "dataset_key"
+INPUTS_TOO_LONG, TARGETS_TOO_LONG = 1, 2
+FLAG_BITS = 2
+
+Names = str | Sequence[str]
+
+_FLAGS = "too_long_flags"
+_KEY_FEATURE = seqio.Feature(
+    seqio.PassThroughVocabulary(size=2**31 - 1), add_eos=False, dtype=tf.int32
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    metadata: dict[str, Value] | None
+    metric_names: tuple[str, ...]
+
+
+_ENTRIES: dict[str, _Entry] = {}
+
+
+def key_of(task_name: str) -> int:
+    """The number >= 1, below 2**29, that the examples of a task carry."""
+    return zlib.crc32(task_name.encode()) % (2**29 - 1) + 1
+
+
+def add_task(
+    name: str,
+    source: seqio.DataSourceInterface,
+    preprocessors: Sequence[Callable[..., tf.data.Dataset]],
+    output_features: Mapping[str, seqio.Feature],
+    *,
+    metadata: Mapping[str, Value] | None = None,
+    metric_names: Sequence[str] = ("exact_match",),
+    postprocess_fn: Callable[..., Any] | None = None,
+    empty_targets: Literal["error", "allow"] = "error",
+    **kwargs: Any,
+) -> seqio.Task:
+    """Registers a task with SeqIO, and its features and metrics beside it.
+
+    Args:
+      name: letters, digits and `. : _ #`, as SeqIO wants.
+      source: where the raw examples come from.
+      preprocessors: SeqIO preprocessors that end in tokens, `append_eos` among them.
+      output_features: SeqIO features, as a rule "inputs" and "targets".
+      metadata: the dataset's features: a value, several (multi-hot) or None each. Needed by methods
+        that route by features.
+      metric_names: what evaluation computes for this task.
+      postprocess_fn: SeqIO's, `fn(text, example=..., is_target=...)`.
+      empty_targets: whether an example whose targets hold nothing but the end of sequence is an
+        error when it is read (a ValueError out of the iterator, naming the task) or a lesson.
+      **kwargs: for `seqio.TaskRegistry.add`, as `metric_fns`, `shuffle_buffer_size`.
+
+    Returns:
+      The SeqIO task.
+
+    Raises:
+      ValueError: the name is taken or unfit, or the metadata is malformed.
+    """
+    where = f"task {name!r}"
+    if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
+        raise ValueError(f"{where} is already registered; a name stands for one task or mixture.")
+    for other in seqio.TaskRegistry.names():
+        if key_of(other) == key_of(name):
+            raise ValueError(f"{where} has the key of task {other!r} by chance; rename one.")
+    if empty_targets not in ("error", "allow"):
+        raise ValueError(f"{where}: empty_targets is 'error' or 'allow', not {empty_targets!r}.")
+    entry = _Entry(
+        metadata=_checked_metadata(metadata, where),
+        metric_names=as_values(metric_names, f"{where}, metric_names"),
+    )
+    carry = _carry_key(name, allow_empty=empty_targets == "allow")
+    task = seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=[*_with_measure(preprocessors), carry],
+        output_features={**output_features, DATASET_KEY: _KEY_FEATURE},
+        postprocess_fn=postprocess_fn,
+        **kwargs,
+    )
+    _ENTRIES[name] = entry
+    return task
+
+
+def add_mixture(
+    name: str,
+    tasks: Sequence[str | tuple[str, Any]],
+    default_rate: float | Callable[..., float] = 1.0,
+    **kwargs: Any,
+) -> seqio.Mixture:
+    """Registers a SeqIO mixture of tasks or mixtures: names, or pairs of a name and a rate.
+
+    Raises:
+      ValueError: the name is taken, a part of it does not exist, or there is no part.
+    """
+    if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
+        raise ValueError(
+            f"mixture {name!r} is already registered; a name stands for one task or mixture."
+        )
+    parts = [part if isinstance(part, str) else part[0] for part in tasks]
+    if not parts:
+        raise ValueError(f"mixture {name!r} has no tasks.")
+    for part in parts:
+        _get(part, f"mixture {name!r}: ")
+        if parts.count(part) > 1:
+            raise ValueError(f"mixture {name!r} names {part!r} twice; give it one higher rate.")
+    return seqio.MixtureRegistry.add(name, list(tasks), default_rate=default_rate, **kwargs)
+
+
+def remove(name: str) -> None:
+    """Forgets a task or a mixture; nothing happens if there is none of that name."""
+    seqio.TaskRegistry.remove(name)
+    seqio.MixtureRegistry.remove(name)
+    _ENTRIES.pop(name, None)
+
+
+def tasks_of(mixture_or_task: Names) -> list[str]:
+    """The tasks of a mixture (or of several), sorted by name as SeqIO mixes them."""
+    names = [mixture_or_task] if isinstance(mixture_or_task, str) else mixture_or_task
+    found = {t.name for n in names for t in seqio.get_subtasks(_get(n))}
+    return sorted(found)
+
+
+def has_metadata(task_name: str) -> bool:
+    """Whether the task was registered with features."""
+    return _entry(task_name).metadata is not None
+
+
+def metadata_of(task_name: str) -> dict[str, Value]:
+    """A task's features. Raises ValueError for an unknown task, or one without metadata."""
+    metadata = _entry(task_name).metadata
+    if metadata is None:
+        raise ValueError(
+            f"task {task_name!r} has no metadata, so its features are not known; register it with "
+            'modjax.data.registry.add_task(..., metadata={"task": ..., "language": ...}).'
+        )
+    return dict(metadata)
+
+
+def metric_names_of(task_name: str) -> tuple[str, ...]:
+    """The names of the metrics that evaluation computes for a task."""
+    return _entry(task_name).metric_names
+
+
+def feature_space(mixture_or_task: Names, features: Sequence[str] | None = None) -> FeatureSpace:
+    """The features and datasets of the tasks of a mixture.
+
+    Args:
+      mixture_or_task: one name or several.
+      features: which of the features, in this order; all of them, in the order of the first task's
+        metadata, if None.
+
+    Raises:
+      ValueError: a task has no metadata or lacks a feature, or two have different features.
+    """
+    rows = {}
+    for name in tasks_of(mixture_or_task):
+        row = metadata_of(name)
+        for feature in features or ():
+            if feature not in row:
+                raise ValueError(
+                    f"task {name!r} has no feature {feature!r}.{nearest(feature, row)}"
+                )
+        rows[name] = {f: row[f] for f in features} if features is not None else row
+    return FeatureSpace.from_metadata(rows)
+
+
+def seen_settings(train_mixture: Names, eval_mixture: Names) -> dict[str, str]:
+    """How each evaluated task relates to what was trained.
+
+    Returns:
+      For each task of `eval_mixture`: "seen" if its combination of features was trained;
+      "unseen_pair" if only its values were, in other combinations; "unseen_<feature>", as
+      "unseen_language", if a value of that feature was never trained (the first such feature).
+
+    Raises:
+      ValueError: a task has no metadata, or two have different features.
+    """
+    trained, evaluated = tasks_of(train_mixture), tasks_of(eval_mixture)
+    # Refuses rows that cannot be compared.
+    FeatureSpace.from_metadata({t: metadata_of(t) for t in [*trained, *evaluated]})
+    combinations, values = set(), set()
+    for task in trained:
+        row = _value_sets(metadata_of(task))
+        combinations.add(frozenset(row.items()))
+        values |= {(f, v) for f, vs in row.items() for v in vs}
+    settings = {}
+    for task in evaluated:
+        row = _value_sets(metadata_of(task))
+        new = [f for f, vs in row.items() if any((f, v) not in values for v in vs)]
+        seen = "seen" if frozenset(row.items()) in combinations else "unseen_pair"
+        settings[task] = f"unseen_{new[0]}" if new else seen
+    return settings
+
+
+def _value_sets(row: Mapping[str, Value]) -> dict[str, frozenset[str]]:
+    return {f: frozenset(as_values(v, f)) for f, v in row.items()}
+
+
+def _get(name: str, where: str = "") -> seqio.Task | seqio.Mixture:
+    mixtures, tasks = seqio.MixtureRegistry.names(), seqio.TaskRegistry.names()
+    if name not in mixtures and name not in tasks:
+        raise ValueError(
+            f"{where}no task or mixture {name!r} is registered; is its module imported?"
+            f"{nearest(str(name), [*mixtures, *tasks])}"
+        )
+    return seqio.get_mixture_or_task(name)
+
+
+def _entry(task_name: str) -> _Entry:
+    if task_name not in seqio.TaskRegistry.names():
+        raise ValueError(
+            f"no task {task_name!r} is registered.{nearest(task_name, seqio.TaskRegistry.names())}"
+        )
+    if task_name not in _ENTRIES:
+        raise ValueError(
+            f"task {task_name!r} has no metadata: it was registered with SeqIO alone; "
+            "register it with modjax.data.registry.add_task."
+        )
+    return _ENTRIES[task_name]
+
+
+def _checked_metadata(metadata: Mapping[str, Value] | None, where: str) -> dict[str, Value] | None:
+    if metadata is None:
+        return None
+    if not isinstance(metadata, Mapping) or not metadata:
+        raise ValueError(
+            f"{where}: metadata maps names of features to values, "
+            f'as {{"task": "parse", "language": "sw"}}, and is not {metadata!r}.'
+        )
+    as_values(list(metadata), f"{where}, names in metadata")
+    for feature, value in metadata.items():
+        as_values(value, f"{where}, feature {feature!r}")
+    return {f: v if v is None or isinstance(v, str) else tuple(v) for f, v in metadata.items()}
+
+
+def _with_measure(preprocessors: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
+    """Measures examples before a preprocessor that trims them, or nobody would know."""
+    steps: list[Callable[..., Any]] = []
+    for step in preprocessors:
+        function = step.func if isinstance(step, functools.partial) else step
+        if function is seqio.preprocessors.append_eos_after_trim:
+            steps.append(_measure)
+        steps.append(step)
+    return steps
+
+
+def _too_long(
+    ex: Mapping[str, tf.Tensor], limits: Mapping[str, int] | None, extra: Mapping[str, int]
+) -> tf.Tensor:
+    flags = tf.constant(0, tf.int32)
+    for name, flag in (("inputs", INPUTS_TOO_LONG), ("targets", TARGETS_TOO_LONG)):
+        limit = (limits or {}).get(name)
+        if name in ex and limit is not None:
+            flags += flag * tf.cast(tf.size(ex[name]) + extra.get(name, 0) > limit, tf.int32)
+    return flags
+
+
+def _measure(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int] | None = None,
+    output_features: Mapping[str, seqio.Feature] | None = None,
+) -> tf.data.Dataset:
+    extra = {n: int(f.add_eos) for n, f in (output_features or {}).items()}
+    return dataset.map(
+        lambda ex: {**ex, _FLAGS: _too_long(ex, sequence_length, extra)},
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+
+
+def _carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
+    """The last preprocessor of every task: gives its examples their key, and refuses bad ones."""
+    key = key_of(name) << FLAG_BITS
+
+    def carry_key(
+        dataset: tf.data.Dataset,
+        sequence_length: Mapping[str, int] | None = None,
+        output_features: Mapping[str, seqio.Feature] | None = None,
+    ) -> tf.data.Dataset:
+        def add(ex: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            ex = dict(ex)
+            flags = tf.bitwise.bitwise_or(
+                ex.pop(_FLAGS, tf.constant(0, tf.int32)), _too_long(ex, sequence_length, {})
+            )
+            problem = _problem(ex, output_features or {}, allow_empty)
+            text = ex.get("inputs_pretokenized", ex.get("inputs", ""))
+            ok = tf.debugging.Assert(
+                tf.equal(problem, ""), [f"task {name!r}: an example", problem, "It begins:", text]
+            )
+            with tf.control_dependencies([ok]):
+                ex[DATASET_KEY] = tf.reshape(key + flags, [1])
+            return ex
+
+        return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
+
+    return carry_key
+
+
+def _problem(
+    ex: Mapping[str, tf.Tensor], features: Mapping[str, seqio.Feature], allow_empty: bool
+) -> tf.Tensor:
+    """What is wrong with a tokenised example, or "". Such examples would be packed wrongly."""
+    problem = tf.constant("")
+    for name in ("inputs", "targets"):
+        if name not in ex or ex[name].dtype != tf.int32:
+            continue
+        tokens = ex[name]
+        eos = features[name].vocabulary.eos_id if name in features else None
+        if name == "inputs" or allow_empty or eos is None:
+            empty = tf.equal(tf.size(tokens), 0)
+        else:
+            empty = tf.reduce_all(tf.equal(tokens, eos))
+        padding = tf.reduce_any(tf.equal(tokens, 0))
+        problem = tf.where(padding, f"has the padding id 0 among its {name}.", problem)
+        problem = tf.where(empty, f"has empty {name}.", problem)
+    return problem

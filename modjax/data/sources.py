@@ -1,0 +1,82 @@
+"""A SeqIO data source for examples that are in memory: lists, or functions that make them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from modjax.errors import nearest
+
+Examples = Sequence[Mapping[str, Any]]
+
+
+class ExamplesSource(seqio.DataSource):
+    """Examples from Python, shuffled as a whole by seed and shared out over processes by index.
+
+    Args:
+      splits: for each split its examples, dictionaries with the same keys (text or arrays of one
+        shape), or a function without arguments that returns them, called when first needed.
+
+    Raises:
+      ValueError: when a split is read that does not exist, is empty, or has examples with other
+        keys than the first one.
+    """
+
+    def __init__(self, splits: Mapping[str, Examples | Callable[[], Examples]]):
+        super().__init__(splits=splits)
+        self._sources = dict(splits)
+        self._columns: dict[str, dict[str, np.ndarray]] = {}
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        return len(next(iter(self._load(split).values())))
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        """The examples of one split, or of one shard of it, in an order given by the seed."""
+        del unused
+        columns = self._load(split)
+        order = np.arange(self.num_input_examples(split))
+        if shuffle:
+            order = np.random.default_rng(seed).permutation(order)
+        if shard_info is not None:
+            # After the permutation, which all processes share, so that their parts are disjoint.
+            order = order[shard_info.index :: shard_info.num_shards]
+        return tf.data.Dataset.from_tensor_slices({k: v[order] for k, v in columns.items()})
+
+    def _load(self, split: str) -> dict[str, np.ndarray]:
+        if split not in self._sources:
+            raise ValueError(f"No split {split!r}.{nearest(split, self._sources)}")
+        if split not in self._columns:
+            source = self._sources[split]
+            rows = list(source() if callable(source) else source)
+            if not rows:
+                raise ValueError(f"Split {split!r} is empty.")
+            for i, row in enumerate(rows):
+                if set(row) != set(rows[0]):
+                    raise ValueError(
+                        f"Split {split!r}, example {i} has the keys {sorted(row)}, "
+                        f"not {sorted(rows[0])} as the first one."
+                    )
+            self._columns[split] = {k: _column([row[k] for row in rows]) for k in rows[0]}
+        return self._columns[split]
+
+
+def _column(values: Sequence[Any]) -> np.ndarray:
+    if isinstance(values[0], str | bytes):
+        return np.array([v.encode() if isinstance(v, str) else v for v in values], dtype=object)
+    return np.asarray(values)

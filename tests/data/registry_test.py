@@ -1,0 +1,166 @@
+"""Tasks with features beside SeqIO's registry: what they carry, and what is refused."""
+
+import subprocess
+import sys
+
+import pytest
+import seqio
+
+from modjax.data import registry
+from modjax.data.sources import ExamplesSource
+
+VOCABULARY = seqio.ByteVocabulary()
+FEATURES = {k: seqio.Feature(VOCABULARY) for k in ("inputs", "targets")}
+STEPS = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+ROWS = [{"inputs": "abc", "targets": "de"}]
+
+
+@pytest.fixture
+def add(request):
+    """Registers tasks and mixtures for one test."""
+    added = []
+
+    def task(name, rows=ROWS, steps=STEPS, **kwargs):
+        added.append(name)
+        return registry.add_task(name, ExamplesSource({"train": rows}), steps, FEATURES, **kwargs)
+
+    def mixture(name, *args, **kwargs):
+        added.append(name)
+        return registry.add_mixture(name, *args, **kwargs)
+
+    task.mixture = mixture
+    yield task
+    for name in added:
+        registry.remove(name)
+
+
+def grid(add, *pairs, prefix="reg"):
+    names = []
+    for task, language in pairs:
+        names.append(f"{prefix}_{task}_{language}")
+        add(names[-1], metadata={"task": task, "language": language})
+    return names
+
+
+def keys(name, lengths=None):
+    ds = seqio.get_mixture_or_task(name).get_dataset(lengths, split="train", shuffle=False)
+    return [int(ex[registry.DATASET_KEY][0]) for ex in ds]
+
+
+def test_metadata_and_metrics_are_kept_beside_the_task(add):
+    add("reg_a", metadata={"task": "parse", "language": ["sw", "en"]}, metric_names=["bleu"])
+    add("reg_b")
+    assert registry.metadata_of("reg_a") == {"task": "parse", "language": ("sw", "en")}
+    assert registry.metric_names_of("reg_a") == ("bleu",)
+    assert registry.metric_names_of("reg_b") == ("exact_match",)
+    assert registry.has_metadata("reg_a") and not registry.has_metadata("reg_b")
+
+
+def test_feature_space_of_a_mixture_and_of_some_of_its_features(add):
+    names = grid(add, ("tag", "sw"), ("parse", "en"), ("parse", "sw"))
+    add.mixture("reg_mix", names)
+    space = registry.feature_space("reg_mix")
+    assert space.features == (("task", ("parse", "tag")), ("language", ("en", "sw")))
+    assert list(space.datasets) == registry.tasks_of("reg_mix") == sorted(names)
+    assert registry.feature_space("reg_mix", ["language"]).names == ("language",)
+    with pytest.raises(ValueError, match="'reg_parse_en' has no feature 'langage'.*'language'"):
+        registry.feature_space("reg_mix", ["langage"])
+
+
+def test_a_task_without_metadata_is_an_error_that_names_it(add):
+    add("reg_bare")
+    add.mixture("reg_mix", ["reg_bare", *grid(add, ("parse", "en"))])
+    with pytest.raises(ValueError, match="'reg_bare' has no metadata"):
+        registry.feature_space("reg_mix")
+    seqio.TaskRegistry.add(
+        "reg_seqio", ExamplesSource({"train": ROWS}), preprocessors=STEPS, output_features=FEATURES
+    )
+    try:
+        with pytest.raises(ValueError, match="'reg_seqio' has no metadata"):
+            registry.metadata_of("reg_seqio")
+    finally:
+        registry.remove("reg_seqio")
+
+
+def test_two_tasks_of_a_mixture_with_different_features_are_refused_naming_both(add):
+    add("reg_a", metadata={"task": "parse", "language": "en"})
+    add("reg_b", metadata={"task": "parse"})
+    add.mixture("reg_mix", ["reg_a", "reg_b"])
+    with pytest.raises(ValueError, match="'reg_a' and 'reg_b'.*different features"):
+        registry.feature_space("reg_mix")
+
+
+@pytest.mark.parametrize(
+    "metadata", [{}, "sw", {"language": 3}, {"language": ""}, {3: "sw"}, {"language": ["a", "a"]}]
+)
+def test_malformed_metadata_is_refused_naming_the_task(add, metadata):
+    with pytest.raises(ValueError, match="task 'reg_bad'"):
+        add("reg_bad", metadata=metadata)
+    add("reg_bad")  # and nothing was left registered
+
+
+def test_duplicate_and_unknown_names_are_refused(add):
+    add("reg_a")
+    add.mixture("reg_mix", ["reg_a"])
+    for name in ("reg_a", "reg_mix"):
+        with pytest.raises(ValueError, match=f"'{name}' is already registered"):
+            registry.add_task(name, ExamplesSource({"train": ROWS}), STEPS, FEATURES)
+        with pytest.raises(ValueError, match=f"'{name}' is already registered"):
+            registry.add_mixture(name, ["reg_a"])
+    with pytest.raises(ValueError, match="'reg_b'.*Did you mean 'reg_a'"):
+        registry.add_mixture("reg_mix2", ["reg_b"])
+    with pytest.raises(ValueError, match="'reg_a' twice"):
+        registry.add_mixture("reg_mix2", ["reg_a", ("reg_a", 2.0)])
+    with pytest.raises(ValueError, match="no tasks"):
+        registry.add_mixture("reg_mix2", [])
+    with pytest.raises(ValueError, match="'reg_mi'.*Did you mean 'reg_mix'"):
+        registry.tasks_of("reg_mi")
+    with pytest.raises(ValueError, match="'reg_aa'.*Did you mean 'reg_a'"):
+        registry.metadata_of("reg_aa")
+
+
+def test_settings_tell_seen_from_unseen_pairs_and_values(add):
+    train = grid(add, ("parse", "en"), ("tag", "en"), ("tag", "sw"), prefix="tr")
+    evaluated = grid(
+        add, ("parse", "en"), ("parse", "sw"), ("tag", "yo"), ("qa", "en"), prefix="ev"
+    )
+    add.mixture("reg_train", train)
+    add.mixture("reg_eval", evaluated)
+    assert registry.seen_settings("reg_train", "reg_eval") == {
+        "ev_parse_en": "seen",
+        "ev_parse_sw": "unseen_pair",
+        "ev_tag_yo": "unseen_language",
+        "ev_qa_en": "unseen_task",
+    }
+    assert set(registry.seen_settings(train, ["tr_tag_sw"]).values()) == {"seen"}
+
+
+def test_every_example_carries_its_tasks_key_through_a_mixture(add):
+    names = grid(add, ("parse", "en"), ("parse", "sw"))
+    add.mixture("reg_mix", names)
+    for name in names:
+        assert keys(name) == [registry.key_of(name) << registry.FLAG_BITS]
+    ds = seqio.get_mixture_or_task("reg_mix").get_dataset(
+        {"inputs": 8, "targets": 8}, split="train", shuffle=False, num_epochs=4, seed=0
+    )
+    seen = {int(ex[registry.DATASET_KEY][0]) >> registry.FLAG_BITS for ex in ds}
+    assert seen == {registry.key_of(n) for n in names}
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_examples_over_the_limit_are_marked_even_if_a_preprocessor_trims_them(add, trims):
+    last = seqio.preprocessors.append_eos_after_trim if trims else STEPS[-1]
+    rows = [{"inputs": "i" * n, "targets": "t" * m} for n, m in [(3, 3), (4, 3), (3, 4), (9, 9)]]
+    add("reg_long", rows, [STEPS[0], last])
+    flags = [k & 3 for k in keys("reg_long", {"inputs": 4, "targets": 4})]
+    assert flags == [0, registry.INPUTS_TOO_LONG, registry.TARGETS_TOO_LONG, 3]
+    assert {k & 3 for k in keys("reg_long", {"inputs": 10, "targets": 10})} == {0}
+
+
+def test_importing_is_quiet_and_needs_no_accelerator():
+    code = (
+        "import modjax.data, tensorflow as tf; import modjax.data.registry;"
+        "assert not tf.config.get_visible_devices('GPU')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout == ""
