@@ -1,0 +1,94 @@
+"""Pretraining on plain text: give back what was cut out of it, or the whole of it.
+
+`fill` is span corruption (T5, arXiv 1910.10683; over bytes as in ByT5, arXiv 2105.13626): random
+spans are cut out, a sentinel marks each gap, and the target is the sentinels with what was cut.
+`restore` cuts in the same way and asks for the whole text (as BART, arXiv 1910.13461): a model that
+does nothing but fill gaps never learns to copy, and parses, tags and answers are mostly copies.
+"""
+
+from collections.abc import Callable
+
+import seqio
+import tensorflow as tf
+
+
+def fill(
+    vocabulary: seqio.Vocabulary, density: float = 0.15, mean_span: float = 12.0
+) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """A preprocessor: `fill: text with gaps` to the sentinels and what stood in the gaps.
+
+    Args:
+      vocabulary: its highest ids serve as sentinels, downward from the last.
+      density: share of the tokens that is cut.
+      mean_span: mean length of what is cut at one place, in tokens.
+    """
+    return _preprocessor(vocabulary, "fill: ", density, mean_span, whole=False)
+
+
+def restore(
+    vocabulary: seqio.Vocabulary, density: float = 0.2, mean_span: float = 6.0
+) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """A preprocessor: `restore: text with gaps` to the whole text. Arguments as for `fill`."""
+    return _preprocessor(vocabulary, "restore: ", density, mean_span, whole=True)
+
+
+def gaps(
+    length: tf.Tensor, density: float, mean_span: float, most: int, seed: tf.Tensor
+) -> tf.Tensor:
+    """Draws which of `length` tokens are cut: bool [length].
+
+    Spans of random lengths that are at least 1 and `mean_span` on average, `density` of the tokens
+    in all. The text begins with a token that stays. Texts of one token keep it.
+
+    Args:
+      length: number of tokens.
+      density: share of tokens to cut.
+      mean_span: mean length of a span.
+      most: how many spans there may be.
+      seed: int32 [2], for a stateless draw.
+    """
+    count = tf.cast(tf.round(tf.cast(length, tf.float32) * density), tf.int32)
+    count = tf.clip_by_value(count, 1, tf.maximum(length - 1, 1))
+    spans = tf.cast(tf.round(tf.cast(count, tf.float32) / mean_span), tf.int32)
+    room = tf.minimum(tf.minimum(count, length - count), most)
+    spans = tf.clip_by_value(spans, 1, tf.maximum(room, 1))
+    cut = _random_lengths(count, spans, seed)
+    kept = _random_lengths(tf.maximum(length - count, 1), spans, seed + 1)
+    lengths = tf.reshape(tf.stack([kept, cut], axis=1), [-1])
+    return tf.cast(tf.repeat(tf.range(2 * spans) % 2, lengths), tf.bool)[:length]
+
+
+def _random_lengths(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """`parts` random numbers >= 1 that add up to `total`, int32 [parts]."""
+    starts = tf.range(1, total)
+    chosen = tf.random.experimental.stateless_shuffle(starts, seed)[: parts - 1]
+    edges = tf.concat([[0], tf.sort(chosen), [total]], axis=0)
+    return edges[1:] - edges[:-1]
+
+
+def _preprocessor(
+    vocabulary: seqio.Vocabulary, prompt: str, density: float, mean_span: float, whole: bool
+) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    prompt_ids = vocabulary.encode(prompt)
+    top, most = vocabulary.vocab_size - 1, vocabulary.extra_ids
+    if most < 1:
+        raise ValueError("Cutting spans needs a vocabulary with extra_ids: they mark the gaps.")
+
+    @seqio.map_over_dataset(num_seeds=1)
+    def corrupt(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        tokens = tf.cast(example["targets"], tf.int32)
+        cut = gaps(tf.size(tokens), density, mean_span, most, seed)
+        inputs = _with_sentinels(tokens, cut, top)
+        targets = tokens if whole else _with_sentinels(tokens, tf.logical_not(cut), top)
+        return {**example, "inputs": tf.concat([prompt_ids, inputs], axis=0), "targets": targets}
+
+    return corrupt
+
+
+def _with_sentinels(tokens: tf.Tensor, removed: tf.Tensor, top: int) -> tf.Tensor:
+    """`tokens` with a sentinel for each run of removed ones: `top`, `top - 1`, and so on."""
+    before = tf.concat([[False], removed[:-1]], axis=0)
+    begins = tf.logical_and(removed, tf.logical_not(before))
+    sentinels = top + 1 - tf.cumsum(tf.cast(begins, tf.int32))
+    marked = tf.where(begins, sentinels, tokens)
+    return tf.boolean_mask(marked, tf.logical_or(begins, tf.logical_not(removed)))
