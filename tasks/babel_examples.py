@@ -1,19 +1,24 @@
 """Babel's texts: meanings, their rendering in a language, and the tasks' examples.
 
-A meaning is a `Clause`: someone does something to something, perhaps somewhere or at some time, or wants to. Meanings
-are sampled once and rendered in every language. Train, validation and test are told apart by a hash of the meaning
-itself, so a meaning is in the same split in every language, in every task, and in pretraining, which uses train alone.
+A meaning is a `Clause`: someone does something to something, perhaps somewhere or at some time, or
+wants to do it. Meanings are sampled once and rendered in every language. Train, validation and test
+are told apart by a hash of the meaning itself, so a meaning is in the same split in every language,
+in every task, and in pretraining, which uses train alone.
 
-The tasks, in the language `te` with its words in place of English ones:
+The tasks, with English words in place of the invented ones:
   parse      `parse: king buy red apple market in`
              -> `[IN:BUY [SL:WHO king ] [SL:OBJ red apple ] [SL:IN market ] ]`
-  tag        `tag: king buy red apple market in` -> `PER: king $$ FOOD: apple $$ LOC: market`
-  translate  `>ta king buy ...` -> the same meaning in the pivot language
+  tag        `tag: king buy red apple market in`
+             -> `king|PER buy|O red|MOD apple|FOOD market|LOC in|O`
+  translate  `>ta king buy apple` -> the same meaning in `ta`, the pivot language
   qa         `qa: king buy apple . child sell rope ? sell who` -> `child`
-Slots and tags come in the order of the utterance, and their text is copied from it; labels are the same everywhere.
-Pretraining has `>xx text` (translation into xx) and `fill: text with _` (word spans replaced by `_`, to be given back).
-Every method gets the same text: the prompt says the task, because nothing else tells plain LoRA; nothing says the
-language. The features that FLix gets come from the dataset's metadata and are not in the text.
+Slots and tags come in the order of the utterance, and their text is copied from it; labels are the
+same everywhere. Pretraining has `>xx text` (translation into xx) and `fill: text with _` (spans of
+words replaced by `_`, to be given back).
+
+Every method gets the same text: the prompt says the task, because nothing else tells plain LoRA;
+nothing says the language of the utterance. The features that FLix gets come from the dataset's
+metadata and are not in the text.
 """
 
 from collections.abc import Iterator
@@ -30,7 +35,10 @@ TAGS = {
     **dict.fromkeys(world.TOOLS, "TOOL"),
     **dict.fromkeys(world.PLACES, "LOC"),
     **dict.fromkeys(world.TIMES, "TIME"),
+    **dict.fromkeys(world.ADJECTIVES, "MOD"),
+    **dict.fromkeys(world.NUMBERS, "NUM"),
 }
+Word = tuple[str, str]  # as spelt, and its concept
 
 
 class Clause(NamedTuple):
@@ -52,19 +60,22 @@ class Phrase(NamedTuple):
 
     Attributes:
       role: WHO, OBJ, IN, TO, FROM, WHEN, or VERB (not a slot).
-      head: the concept of its head word.
-      text: what a slot holds. surface: text with its adposition. word: the head word alone.
+      words: in order, with an adposition.
+      text: what a slot holds, without the adposition.
     """
 
     role: str
-    head: str
+    words: tuple[Word, ...]
     text: str
-    surface: str
-    word: str
+
+    @property
+    def surface(self) -> str:
+        """The words as they stand in the clause."""
+        return " ".join(word for word, _ in self.words)
 
 
 def split_of(clause: Clause) -> str:
-    """The split a meaning belongs to: 90 % train, 5 % validation, 5 % test, by a hash of its concepts."""
+    """The meaning's split by a hash of its concepts: 90 % train, 5 % validation, 5 % test."""
     bucket = world.stable_hash("split", *clause) % 20
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
@@ -94,40 +105,42 @@ def sample_clause(draw: world.Draw, kind: str = "any") -> Clause:
     return clause
 
 
+def _phrase(language: world.Language, role: str, *concepts: str) -> Phrase:
+    words = tuple((language.words[concept], concept) for concept in concepts)
+    text = " ".join(word for word, concept in words if concept not in world.RELATIONS)
+    return Phrase(role, words, text)
+
+
 def _noun_phrase(language: world.Language, role: str, noun: str, mod: str | None) -> Phrase:
-    word = text = language.words[noun]
-    if mod is not None:
-        first = language.number_first if mod in world.NUMBERS else language.adjective_first
-        pair = (language.words[mod], word) if first else (word, language.words[mod])
-        text = " ".join(pair)
-    return Phrase(role, noun, text, text, word)
-
-
-def _verb(language: world.Language, concept: str) -> Phrase:
-    word = language.words[concept]
-    return Phrase("VERB", concept, word, word, word)
+    if mod is None:
+        return _phrase(language, role, noun)
+    first = language.number_first if mod in world.NUMBERS else language.adjective_first
+    return _phrase(language, role, *((mod, noun) if first else (noun, mod)))
 
 
 def phrases(clause: Clause, language: world.Language) -> list[Phrase]:
-    """The clause's phrases in the language's order. With an attitude, its verb governs the action and its object."""
+    """The clause's phrases in the language's order.
+
+    With an attitude, its verb governs the action and the action's object, which stay together.
+    """
     subject = _noun_phrase(language, "WHO", clause.who, clause.who_mod)
     obj = _noun_phrase(language, "OBJ", clause.obj, clause.obj_mod)
-    action = _verb(language, clause.action)
+    action = _phrase(language, "VERB", clause.action)
     verb_last = language.order == "SOV"
     if clause.attitude is not None:
         inner = [obj, action] if verb_last else [action, obj]
-        parts = {"S": [subject], "V": [_verb(language, clause.attitude)], "O": inner}
+        parts = {"S": [subject], "V": [_phrase(language, "VERB", clause.attitude)], "O": inner}
     else:
         parts = {"S": [subject], "V": [action], "O": [obj]}
     core = [phrase for letter in language.order for phrase in parts[letter]]
     if clause.place is not None and clause.relation is not None:
-        word, adposition = language.words[clause.place], language.words[clause.relation]
-        pair = (word, adposition) if language.postposition else (adposition, word)
-        place = Phrase(clause.relation.upper(), clause.place, word, " ".join(pair), word)
+        pair = (clause.relation, clause.place)
+        place = _phrase(
+            language, clause.relation.upper(), *(pair[::-1] if language.postposition else pair)
+        )
         core.insert(1 if verb_last else len(core), place)
     if clause.time is not None:
-        word = language.words[clause.time]
-        time = Phrase("WHEN", clause.time, word, word, word)
+        time = _phrase(language, "WHEN", clause.time)
         core.insert(0 if language.time_first else len(core), time)
     return core
 
@@ -151,9 +164,9 @@ def parse_of(clause: Clause, language: world.Language) -> str:
 
 
 def tags_of(clause: Clause, language: world.Language) -> str:
-    """The clause's named spans, `LABEL: word` joined by ` $$ `."""
-    heads = [phrase for phrase in phrases(clause, language) if phrase.role != "VERB"]
-    return " $$ ".join(f"{TAGS[phrase.head]}: {phrase.word}" for phrase in heads)
+    """Every word of the clause with its tag, `word|TAG`; verbs and adpositions have `O`."""
+    words = [pair for phrase in phrases(clause, language) for pair in phrase.words]
+    return " ".join(f"{word}|{TAGS.get(concept, 'O')}" for word, concept in words)
 
 
 _ASKS = {"WHO": "who", "OBJ": "what", "WHEN": "when", "IN": "where", "TO": "where", "FROM": "where"}
@@ -193,6 +206,10 @@ def render_question(exercise: tuple, language: world.Language) -> tuple[str, str
     return f"{text} ? {' '.join(words)}", answer
 
 
+def _name(phrase: Phrase) -> tuple[str, ...]:
+    return (phrase.role, *sorted(concept for _, concept in phrase.words))
+
+
 class Babel:
     """The benchmark of one configuration.
 
@@ -218,7 +235,7 @@ class Babel:
             raise ValueError(f"{field} names the unknown {what} {name!r}.{nearest(name, known)}")
 
     def datasets(self) -> dict[tuple[str, str], str]:
-        """Every dataset (task, language) of the adapters -> seen, unseen_pair or unseen_language."""
+        """Every dataset (task, language) -> seen, unseen_pair or unseen_language."""
         codes = list(self.languages)[: self.config.adapt_languages]
         settings = {}
         for task in self.config.tasks:
@@ -246,7 +263,7 @@ class Babel:
         return {split: list(clauses) for split, clauses in found.items()}
 
     def meanings(self, split: str) -> list[Clause]:
-        """The split's meanings, all different. The position is the meaning's id, the same in every language."""
+        """The split's meanings, all different; the position is the meaning's id."""
         self._check(split, SPLITS, "split", "split")
         return self._meanings[split]
 
@@ -293,7 +310,7 @@ class Babel:
         return {t: [t] + sorted(s for s, other in kept if other == t) for t in codes}
 
     def _utterance(self, draw: world.Draw):
-        """A drawn train-split text as a function of the language: a clause, a reading exercise, or a fragment."""
+        """A train-split text as a function of the language: clause, reading exercise, phrase."""
         while split_of(clause := sample_clause(draw)) != "train":
             pass
         form = draw.below(10)
@@ -302,12 +319,11 @@ class Babel:
         if form < 8:
             exercise = question(draw, self._plain(draw, "train"), clause)
             return lambda language: render_question(exercise, language)[0]
-        part = draw.below(8)
-        # The role, not the place in the sentence, picks the phrase: the same one in every language.
-        roles = sorted({p.role + p.head for p in phrases(clause, self.languages[self.pivot])})
-        wanted = roles[part % len(roles)]
+        # The concepts, not the place in the sentence, name the phrase: the same in every language.
+        names = sorted({_name(p) for p in phrases(clause, self.languages[self.pivot])})
+        wanted = draw.pick(names)
         return lambda language: next(
-            p.surface for p in phrases(clause, language) if p.role + p.head == wanted
+            p.surface for p in phrases(clause, language) if _name(p) == wanted
         )
 
     def pretrain_examples(self, kind: str, code: str) -> Iterator[dict[str, str]]:
@@ -343,7 +359,7 @@ class Babel:
 
 
 def corrupt(draw: world.Draw, text: str, rate: float = 0.25) -> tuple[str, str]:
-    """Span corruption over words: (`fill: ` + text with each hidden span as `_`, the spans joined by ` _ `)."""
+    """Span corruption over words: the text with hidden spans as `_`, and the spans."""
     words = text.split(" ")
     hidden = [draw.chance(rate) for _ in words]
     if not any(hidden) or all(hidden):

@@ -1,15 +1,21 @@
 """Babel's world: concepts, families of invented languages, their lexicons and grammars.
 
-Everything is derived from `BabelConfig` by the small generators below, which are integer arithmetic only, so the same
-configuration gives the same bytes on every platform and Python version. Nothing is downloaded and nothing is random.
+Everything is derived from `BabelConfig` by the small generators below, in integer arithmetic, so
+the same configuration gives the same bytes on every platform and Python version. Nothing is
+downloaded.
 
 How a language comes about:
-  1. Every concept gets a proto-root of three or four letters. A share of the concepts (`shared_roots`) has one root for
-     all families, the common stock; the others have a root of their own in each family.
-  2. A family's sound law turns the root into the family's form (`p t k` become `b d g` in one, `f z h` in another).
-  3. Each language applies its own few regular sound changes in order (`sound_changes`), and some drop a final vowel.
-  4. The language spells the word in its script. Latin and "capitals" cost a byte a letter, Greek and Cyrillic two.
-Roots that would make two concepts sound alike in any language are redrawn, so that translation is a function.
+  1. Every concept gets a proto-root of three or four letters (function words: two). A share of the
+     concepts (`shared_roots`) has one root for all families, the common stock; the others have a
+     root of their own in each family.
+  2. A family's sound law turns the root into the family's form: `p t k` become `b d g` in one
+     family, `f z h` in another.
+  3. Each language applies a few regular sound changes of its own (`sound_changes`), and some drop a
+     final vowel.
+  4. The language spells the word in its script. Latin and "capitals" cost a byte a letter, Greek
+     and Cyrillic two.
+Roots that would make two concepts sound alike in any language are drawn again, so that translation
+is a function.
 """
 
 import dataclasses
@@ -70,7 +76,8 @@ SCRIPTS = {
 class Draw:
     """SplitMix64 (Steele, Lea and Flood, 2014): a stream of 64-bit integers from one seed.
 
-    Own, because the standard library promises the same `random()` across versions but not the same `sample`.
+    Our own, because the standard library promises the same `random()` in every version but not the
+    same `sample` or `shuffle`.
     """
 
     def __init__(self, *key: object):
@@ -105,7 +112,7 @@ def _scramble(z: int) -> int:
 
 
 def stable_hash(*key: object) -> int:
-    """A 64-bit hash of the key's text (FNV-1a, then mixed): the same on every run, unlike `hash`."""
+    """A 64-bit hash of the key's text (FNV-1a, mixed): the same on every run, unlike `hash`."""
     value = 0xCBF29CE484222325
     for byte in "\x1f".join(str(part) for part in key).encode():
         value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
@@ -119,21 +126,25 @@ class BabelConfig:
     World:
       seed: of everything.
       families, languages_per_family: at most 5 each; 3 x 4 languages by default.
-      shared_roots: share of the concepts whose root all families have in common. 1 makes the families dialects, 0
-        leaves nothing in common between them: then zero-shot across families rests on pretraining alone.
+      shared_roots: share of the concepts whose root all families have in common. 1 makes the
+        families dialects; 0 leaves them nothing in common, and zero-shot across families rests on
+        pretraining alone.
       sound_changes: regular changes that separate each language from its family.
 
     The base's cross-lingual strength (pretraining never sees a parse, a tag or an answer):
-      pretrain_languages: how many languages it covers, in an order that takes families in turn; None is all.
-      pretrain_pairs: share of the directed language pairs it translates; a language into itself is always there.
-      pretrain_examples: examples that exist per target language (they repeat when training is longer).
+      pretrain_languages: how many languages it covers, families in turn; None is all.
+      pretrain_pairs: share of the directed language pairs it translates; a language into itself is
+        always among them.
+      pretrain_examples: how many there are per target language; longer training repeats them.
       pretrain_fill: share of span corruption; the rest is translation.
 
     Crowding, and what is held out:
       tasks: of parse, tag, translate, qa.
-      adapt_languages: how many languages the adapters' datasets cover (in the same order as above); None is all.
-      unseen_languages: of these no adapter sees anything.
-      held_out: (task, language) pairs that training leaves out though it has the language in the other tasks.
+      adapt_languages: how many languages the adapters' datasets cover, families in turn (unseen
+        ones count, and stay); None is all.
+      unseen_languages: no adapter sees anything of these.
+      held_out: (task, language) pairs that training leaves out though it has the language in the
+        other tasks.
       train_examples, eval_examples: per dataset.
     """
 
