@@ -3,20 +3,15 @@
 Every metric is a function `(targets, predictions, *, language=None) -> Score`. A target is a string
 or a list of strings that are all right, of which the best counts. Values are percentages (0 to 100)
 of the whole list; each example's own value stands in `Score.per_example`.
-
-Tags have one text form: items separated by white space, one per word of the input, each `TAG` or
-`word|TAG` (what follows the last `|` is the tag). Spans in them are read as `B-X I-X O`, with
-`E-`/`L-` (last) and `S-`/`U-` (single) where they occur; a bare label counts as inside.
 """
 
 import collections
 import dataclasses
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from modjax.errors import nearest
-from modjax.evaluation import parses
+from modjax.evaluation import parses, tags
 from modjax.evaluation.text import answer_words, writes_without_spaces
 
 Target = str | Sequence[str]
@@ -125,7 +120,7 @@ def token_f1(
 def tag_accuracy(
     targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
 ) -> Score:
-    """Share of tags that are right, compared place by place, pooled over all examples.
+    """Share of tags (see `tags`) that are right, compared place by place, pooled over all examples.
 
     A missing tag and one too many are both errors: the total is the longer of the two sequences.
 
@@ -134,7 +129,7 @@ def tag_accuracy(
     """
     counts = []
     for target, prediction in _pairs(targets, predictions):
-        gold, given = tags_of(_only(target, "tag_accuracy")), tags_of(prediction)
+        gold, given = tags.read(_only(target, "tag_accuracy")), tags.read(prediction)
         right = sum(a == b for a, b in zip(gold, given, strict=False))
         counts.append((right, max(len(gold), len(given))))
     total = sum(n for _, n in counts)
@@ -145,19 +140,21 @@ def tag_accuracy(
 def span_f1(
     targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
 ) -> Score:
-    """F1 of labelled spans (label, first, last word), counts pooled over all examples.
+    """F1 of labelled spans (see `tags`), counts pooled over all examples.
 
-    As CoNLL's scorer reads them: an `I-X` after something else begins a span. A prediction of
-    another length keeps its positions; what is missing or too much is missed or invented spans.
+    In tags a span is (label, first, last word), as CoNLL's scorer reads them: an `I-X` after
+    something else begins a span, and a prediction of another length keeps its positions. In
+    mentions a span is (label, text), in any order; one mentioned twice counts twice.
 
     Raises:
       ValueError: a target has several alternatives.
     """
+    pairs = [(_only(t, "span_f1"), p) for t, p in _pairs(targets, predictions)]
+    read = tags.reader(target for target, _ in pairs)
     counts = []
-    for target, prediction in _pairs(targets, predictions):
-        gold = spans_of(tags_of(_only(target, "span_f1")))
-        given = spans_of(tags_of(prediction))
-        counts.append((len(gold & given), len(gold), len(given)))
+    for target, prediction in pairs:
+        gold, given = collections.Counter(read(target)), collections.Counter(read(prediction))
+        counts.append(((gold & given).total(), gold.total(), given.total()))
     pooled = [sum(column) for column in zip(*counts, strict=True)]
     return Score(100 * _f1(*pooled), len(counts), tuple(100 * _f1(*c) for c in counts))
 
@@ -225,32 +222,6 @@ def get(name: str, where: str = "") -> Metric:
         place = f"{where}: " if where else ""
         raise UnknownMetricError(f"{place}unknown metric {name!r}.{nearest(name, METRICS)}")
     return METRICS[name]
-
-
-def tags_of(text: str) -> list[str]:
-    """The tags in a tagging target or prediction; see the module's text for the form."""
-    return [item.rpartition("|")[2] for item in text.split()]
-
-
-def spans_of(tags: Iterable[str]) -> set[tuple[str, int, int]]:
-    """The labelled spans `(label, first, last)` of a tag sequence, positions from 0."""
-    spans = set()
-    label, first, last = "", 0, -1
-    may_continue = False
-    for i, tag in enumerate(tags):
-        match = re.fullmatch(r"([BIELSU])-(.+)", tag)
-        kind, name = match.groups() if match else ("I", tag)
-        if name == "O" or not name:
-            may_continue = False
-            continue
-        if may_continue and name == label and kind not in "BSU":
-            spans.discard((label, first, last))
-        else:
-            label, first = name, i
-        last = i
-        spans.add((label, first, last))
-        may_continue = kind not in "ELSU"
-    return spans
 
 
 def _pairs(targets: Sequence[Target], predictions: Sequence[str]) -> list[tuple[Target, str]]:

@@ -67,33 +67,23 @@ def test_answers_count_by_their_best_gold_answer(target, prediction, language, f
     assert value("qa_exact_match", target, prediction, language) == exact
 
 
-@pytest.mark.parametrize(
-    ("tags", "spans"),
-    [
-        ("O O", set()),
-        ("B-A I-A O B-A", {("A", 0, 1), ("A", 3, 3)}),
-        ("B-A B-A", {("A", 0, 0), ("A", 1, 1)}),
-        ("I-A I-B I-B", {("A", 0, 0), ("B", 1, 2)}),
-        ("B-A O I-A", {("A", 0, 0), ("A", 2, 2)}),
-        ("B-A E-A I-A S-B S-B", {("A", 0, 1), ("A", 2, 2), ("B", 3, 3), ("B", 4, 4)}),
-        ("NOUN NOUN O VERB", {("NOUN", 0, 1), ("VERB", 3, 3)}),
-        ("", set()),
-    ],
-)
-def test_spans_are_read_as_the_conll_scorer_reads_them(tags, spans):
-    assert metrics.spans_of(tags.split()) == spans
-
-
-def test_a_word_before_the_bar_is_not_part_of_the_tag():
-    assert metrics.tags_of("New|B-LOC  York|I-LOC a|b|O") == ["B-LOC", "I-LOC", "O"]
-    assert metrics.tags_of("B-LOC I-LOC O") == ["B-LOC", "I-LOC", "O"]
-
-
 def test_span_f1_pools_counts_over_examples():
     score = metrics.span_f1(["B-A I-A O B-B", "O O"], ["B-A I-A O O", "B-A O"])
     assert score.value == pytest.approx(100 * 2 * 1 / (2 + 2))
     assert score.per_example == pytest.approx((100 * 2 / 3, 0))
     assert metrics.span_f1(["O O"], ["O"]).value == 100
+
+
+def test_span_f1_of_mentions_compares_labels_and_texts_in_any_order():
+    gold = "PER: Ana Li $$ LOC: Oslo $$ LOC: Oslo"
+    assert value("span_f1", gold, "LOC: Oslo $$ PER:  Ana  Li $$ LOC: Oslo") == 100
+    assert value("span_f1", gold, "LOC: Oslo $$ PER: Ana") == pytest.approx(100 * 2 / 5)
+    assert value("span_f1", gold, "Oslo $$ : $$ Ana Li") == 0
+    assert value("span_f1", gold, "") == 0
+    # A target without mentions among others that have some: it is read in their form.
+    score = metrics.span_f1(["PER: Ana", ""], ["PER: Ana", "O O"])
+    assert score.value == pytest.approx(100 * 2 / 3)
+    assert score.per_example == (100, 0)
 
 
 def test_tag_accuracy_charges_for_missing_and_for_extra_tags():
