@@ -142,19 +142,17 @@ def span_f1(
 ) -> Score:
     """F1 of labelled spans (see `tags`), counts pooled over all examples.
 
-    In tags a span is (label, first, last word), as CoNLL's scorer reads them: an `I-X` after
-    something else begins a span, and a prediction of another length keeps its positions. In
-    mentions a span is (label, text), in any order; one mentioned twice counts twice.
+    A span is (label, first, last word), as CoNLL's scorer reads them: an `I-X` after something else
+    begins a span. A prediction of another length keeps its positions.
 
     Raises:
       ValueError: a target has several alternatives.
     """
-    pairs = [(_only(t, "span_f1"), p) for t, p in _pairs(targets, predictions)]
-    read = tags.reader(target for target, _ in pairs)
     counts = []
-    for target, prediction in pairs:
-        gold, given = collections.Counter(read(target)), collections.Counter(read(prediction))
-        counts.append(((gold & given).total(), gold.total(), given.total()))
+    for target, prediction in _pairs(targets, predictions):
+        gold = tags.spans(tags.read(_only(target, "span_f1")))
+        given = tags.spans(tags.read(prediction))
+        counts.append((len(gold & given), len(gold), len(given)))
     pooled = [sum(column) for column in zip(*counts, strict=True)]
     return Score(100 * _f1(*pooled), len(counts), tuple(100 * _f1(*c) for c in counts))
 

@@ -25,26 +25,3 @@ def test_spans_are_read_as_the_conll_scorer_reads_them(text, spans):
 def test_a_word_before_the_bar_is_not_part_of_the_tag():
     assert tags.read("New|B-LOC  York|I-LOC a|b|O") == ["B-LOC", "I-LOC", "O"]
     assert tags.read("B-LOC I-LOC O") == ["B-LOC", "I-LOC", "O"]
-
-
-def test_mentions_are_labels_with_texts_and_keep_what_is_wrong():
-    assert tags.mentions("PER: Ana  Li $$LOC:Oslo $$ x $$ : y $$ $$ A: b: c") == [
-        ("PER", "Ana Li"),
-        ("LOC", "Oslo"),
-        ("", "x"),
-        ("", "y"),
-        ("A", "b: c"),
-    ]
-    assert tags.mentions("") == []
-
-
-@pytest.mark.parametrize(
-    ("targets", "text", "spans"),
-    [
-        (["", "PER: Ana"], "PER: Ana", [("PER", "Ana")]),
-        (["B-PER I-PER"], "B-PER O", {("PER", 0, 0)}),
-        ([":|PUNCT a|NOUN", ": NOUN", "O"], "NOUN O", {("NOUN", 0, 0)}),
-    ],
-)
-def test_the_targets_decide_in_which_form_spans_are_read(targets, text, spans):
-    assert tags.reader(targets)(text) == spans
