@@ -1,0 +1,353 @@
+"""Checkpoints of what trains, written by Orbax in the background.
+
+A checkpoint MODEL_DIR/checkpoint_<step> has four parts, so that each reader takes what it needs:
+
+    trained/    the trained parameters (the adapters)
+    optimizer/  the optimizer's state, the step, the rng
+    data/       the position of the input, one folder per process
+    metadata/   JSON: method, feature space, fingerprint of the frozen base, operative gin config, versions
+
+The frozen base is never written: its fingerprint is, and a checkpoint is refused on another base.
+`manifest.json` lists the files with their sizes, so that a truncated or missing one is named.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+import modjax
+from modjax import errors
+from modjax.trainer import TrainState
+
+FORMAT = 1
+PREFIX = "checkpoint"
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read, or used for this run."""
+
+
+class Positioned(Protocol):
+    """An input that can write and take back its position, see `modjax.data.pipeline.TrainIterator`."""
+
+    def save(self, directory: Any) -> None: ...
+
+    def restore(self, directory: Any) -> None: ...
+
+
+class _DataHandler(ocp.CheckpointHandler):
+    """Lets each process write the position of its own input in a folder of its own."""
+
+    def save(self, directory: Any, args: Any) -> None:
+        mine = pathlib.Path(directory) / _process_folder()
+        mine.mkdir(parents=True, exist_ok=True)
+        args.iterator.save(str(mine))
+
+    def restore(self, directory: Any, args: Any = None) -> None:
+        mine = pathlib.Path(directory) / _process_folder()
+        if not mine.is_dir():
+            there = sorted(path.name for path in pathlib.Path(directory).glob("process_*"))
+            raise CheckpointError(
+                f"{directory} holds no input position {mine.name}, only {', '.join(there)}: "
+                "resume with as many processes as wrote the checkpoint"
+            )
+        args.iterator.restore(str(mine))
+
+
+def _process_folder() -> str:
+    return f"process_{jax.process_index()}_of_{jax.process_count()}"
+
+
+@ocp.args.register_with_handler(_DataHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _DataArgs(ocp.args.CheckpointArgs):
+    iterator: Positioned
+
+
+def fingerprint(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a frozen base: a hash over names, shapes, dtypes and values, and a short one per array.
+
+    Args:
+      frozen: nested dict of host arrays, as loaded (before a change of dtype).
+
+    Returns:
+      {"digest": str, "arrays": {path: "float32[8,16] 1f3a..."}}.
+    """
+    whole = hashlib.sha256()
+    arrays = {}
+    for path, leaf in sorted(traverse_util.flatten_dict(dict(frozen), sep="/").items()):
+        value = np.ascontiguousarray(np.asarray(leaf))
+        digest = hashlib.sha256(value.reshape(-1).view(np.uint8)).hexdigest()
+        arrays[path] = f"{value.dtype}{list(value.shape)} {digest[:16]}".replace(", ", ",")
+        whole.update(f"{path} {value.dtype} {value.shape} {digest}\n".encode())
+    return {"digest": whole.hexdigest(), "arrays": arrays}
+
+
+def differences(stored: Any, current: Any, where: str = "") -> list[str]:
+    """One line per value in which two JSON values differ: 'rules/0/rank: 8 in the checkpoint, 4 in this run'."""
+    if isinstance(stored, Mapping) and isinstance(current, Mapping):
+        keys = [*stored, *(key for key in current if key not in stored)]
+        pairs = [(key, stored.get(key), current.get(key)) for key in keys]
+    elif isinstance(stored, list) and isinstance(current, list) and len(stored) == len(current):
+        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(stored, current, strict=True))]
+    else:
+        same = stored == current
+        return [] if same else [f"{where}: {stored!r} in the checkpoint, {current!r} in this run"]
+    lines = []
+    for key, old, new in pairs:
+        lines += differences(old, new, f"{where}/{key}" if where else str(key))
+    return lines
+
+
+def check_same(part: str, stored: Any, current: Any, path: Any) -> None:
+    """Refuses a checkpoint whose `part` ("method", "base", ...) is not this run's, and says what differs.
+
+    Raises:
+      CheckpointError: naming the checkpoint and the first differences.
+    """
+    lines = differences(json.loads(json.dumps(stored)), json.loads(json.dumps(current)))
+    lines = [line for line in lines if not line.startswith("digest:")] or lines
+    if lines:
+        more = f"\n  ... and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise CheckpointError(
+            f"the checkpoint {path} was made with another {part}:\n  "
+            + "\n  ".join(lines[:8])
+            + more
+        )
+
+
+def check_writable(model_dir: str | os.PathLike[str], needed_bytes: int = 0) -> None:
+    """Creates MODEL_DIR and writes a probe in it, so that a run fails before its first step and not at its first save.
+
+    Raises:
+      CheckpointError: if it cannot be created or written, or has less room than `needed_bytes`.
+    """
+    try:
+        os.makedirs(model_dir, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=model_dir, prefix=".probe") as probe:
+            probe.write(b"\0" * 65536)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise CheckpointError(f"MODEL_DIR {model_dir} cannot be written: {error}") from error
+    free = shutil.disk_usage(model_dir).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"MODEL_DIR {model_dir} has {free / 1e6:.0f} MB free, a checkpoint of this run takes "
+            f"{needed_bytes / 1e6:.0f} MB: free some space or choose another MODEL_DIR"
+        )
+
+
+def steps(model_dir: str | os.PathLike[str]) -> list[int]:
+    """The steps whose checkpoints are complete, ascending; a save that was cut short is not among them."""
+    folder = pathlib.Path(model_dir)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [re.fullmatch(rf"{PREFIX}_(\d+)", name) for name in names]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def locate(path: str | os.PathLike[str], step: int | None = None) -> pathlib.Path:
+    """The folder of one checkpoint: `path` itself if it is one, else that of `step` (the latest one) in a MODEL_DIR.
+
+    Raises:
+      CheckpointError: if there is none.
+    """
+    folder = pathlib.Path(path)
+    if re.fullmatch(rf"{PREFIX}_\d+", folder.name) and (folder / "trained").exists():
+        return folder
+    known = steps(folder)
+    if not known:
+        there = "has no checkpoint_<step> in it" if folder.is_dir() else "does not exist"
+        raise CheckpointError(f"no checkpoint at {path}: the folder {there}")
+    if step is not None and step not in known:
+        names = [f"{PREFIX}_{number}" for number in known]
+        raise CheckpointError(
+            f"no checkpoint of step {step} in {path}." + errors.nearest(f"{PREFIX}_{step}", names)
+        )
+    return folder / f"{PREFIX}_{known[-1] if step is None else step}"
+
+
+def verify(checkpoint: pathlib.Path) -> None:
+    """Compares a checkpoint's files with its manifest, where it has one (a save cut short at the very end has none).
+
+    Raises:
+      CheckpointError: names the first missing or truncated file.
+    """
+    listing = checkpoint / MANIFEST
+    if not listing.exists():
+        return
+    try:
+        files = json.loads(listing.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{listing} is truncated: {error}") from error
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.exists():
+            raise CheckpointError(
+                f"the checkpoint {checkpoint} lacks the file {name}: copy it again, or delete this folder to use the "
+                "checkpoint before it"
+            )
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"the checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes, not {size}: copy it "
+                "again, or delete this folder to use the checkpoint before it"
+            )
+
+
+def read_metadata(path: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
+    """The metadata of one checkpoint.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged, or written by a newer modjax.
+    """
+    checkpoint = locate(path, step)
+    verify(checkpoint)
+    file = checkpoint / "metadata" / "metadata"
+    try:
+        metadata = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {metadata.get('format')}, this modjax {modjax.__version__} reads {FORMAT}"
+        )
+    return metadata
+
+
+def load_trained(
+    path: str | os.PathLike[str], step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Reads only the trained parameters of a checkpoint, as host arrays.
+
+    Returns:
+      (trained, metadata, step): a nested dict of numpy arrays, see `read_metadata`, and the step.
+    """
+    checkpoint = locate(path, step)
+    metadata = read_metadata(checkpoint)
+    item = checkpoint / "trained"
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        shapes = {
+            tuple(name.split("/")): ocp.RestoreArgs(restore_type=np.ndarray)
+            for name in metadata["trained"]
+        }
+        tree = handler.restore(
+            item.absolute(),
+            args=ocp.args.PyTreeRestore(restore_args=traverse_util.unflatten_dict(shapes)),
+        )
+    except Exception as error:
+        raise CheckpointError(f"{item} cannot be read: {error}") from error
+    return tree, metadata, int(checkpoint.name.rsplit("_", 1)[1])
+
+
+class Checkpointer:
+    """Writes and restores the checkpoints of one run.
+
+    Args:
+      model_dir: where they lie.
+      metadata: JSON-able values with the keys method, space, base, gin; see `read_metadata`.
+      keep: how many of the latest are kept.
+    """
+
+    def __init__(
+        self, model_dir: str | os.PathLike[str], metadata: Mapping[str, Any], keep: int | None = 3
+    ):
+        self._dir = pathlib.Path(model_dir).absolute()
+        self._metadata = {"format": FORMAT, "modjax": modjax.__version__, **metadata}
+        self._unsealed: list[int] = []
+        self._manager = ocp.CheckpointManager(
+            self._dir,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                step_prefix=PREFIX,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            ),
+        )
+
+    def save(self, step: int, state: TrainState, iterator: Positioned) -> None:
+        """Copies the state to the host and the input's position to disk, then writes in the background."""
+        self.wait()
+        flat = traverse_util.flatten_dict(state.trained, sep="/")
+        described = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in flat.items()}
+        rest = {"step": state.step, "rng": state.rng, "opt_state": state.opt_state}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                trained=ocp.args.StandardSave(state.trained),
+                optimizer=ocp.args.StandardSave(rest),
+                data=_DataArgs(iterator),
+                metadata=ocp.args.JsonSave({**self._metadata, "trained": described}),
+            ),
+        )
+        self._unsealed.append(step)
+
+    def restore(self, step: int, state: TrainState, iterator: Positioned) -> TrainState:
+        """Reads a whole checkpoint of this run.
+
+        Args:
+          step: which one.
+          state: the state to replace; gives structure, shapes and placement.
+          iterator: is moved to the position of the checkpoint.
+
+        Raises:
+          CheckpointError: damaged, or of another method, base, or feature space.
+        """
+        checkpoint = self._dir / f"{PREFIX}_{step}"
+        stored = read_metadata(checkpoint)
+        for part in ("method", "base", "space"):
+            check_same(part, stored.get(part), self._metadata.get(part), checkpoint)
+        flat = traverse_util.flatten_dict(state.trained, sep="/")
+        shapes = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in flat.items()}
+        check_same("set of trained parameters", stored["trained"], shapes, checkpoint)
+        rest = {"step": state.step, "rng": state.rng, "opt_state": state.opt_state}
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            (state.trained, rest),
+        )
+        try:
+            read = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    trained=ocp.args.StandardRestore(like[0]),
+                    optimizer=ocp.args.StandardRestore(like[1]),
+                    data=_DataArgs(iterator),
+                ),
+            )
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint} cannot be restored (was the optimizer changed?): {error}"
+            ) from error
+        return TrainState(trained=read.trained, **read.optimizer)
+
+    def wait(self) -> None:
+        """Returns when all saves are on disk, and lists their files."""
+        self._manager.wait_until_finished()
+        while self._unsealed:
+            checkpoint = self._dir / f"{PREFIX}_{self._unsealed.pop()}"
+            if jax.process_index() or not checkpoint.is_dir():
+                continue
+            files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+            sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+            draft = checkpoint / f".{MANIFEST}"
+            draft.write_text(json.dumps(sizes, indent=1))
+            draft.replace(checkpoint / MANIFEST)
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()

@@ -1,0 +1,185 @@
+"""Where a run's parameters come from: a base, fresh adapters, an earlier checkpoint.
+
+Every parameter has exactly one source. Nothing is taken at random because it was not found: a base that does not fit is
+an error that lists what differs.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from modjax import adapters, checkpoints, optimizers, partitioning
+from modjax.errors import nearest
+from modjax.features import FeatureSpace
+
+RANDOM = "random"
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a model's parameters look like, and which of them train.
+
+    Attributes:
+      trained, frozen: nested dicts of shapes that together hold every parameter.
+      axes: the names of the dimensions, by path.
+    """
+
+    trained: Tree
+    frozen: Tree
+    axes: Mapping[str, Sequence[str | None]]
+
+
+def example_batch(
+    lengths: Mapping[str, int], space: FeatureSpace, segments: int | None = None, rows: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of an encoder-decoder batch.
+
+    Args:
+      lengths: {"inputs": L, "targets": L}.
+      space: gives the number of feature columns.
+      segments: of a packed row; None if rows are examples.
+      rows: B.
+    """
+    for name in ("inputs", "targets"):
+        if name not in lengths:
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS has no {name!r}: give {{'inputs': L, 'targets': L}}."
+                f"{nearest(name, lengths)}"
+            )
+
+    def ids(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), np.int32)
+
+    batch = {"encoder_input_tokens": ids(lengths["inputs"])}
+    for name in ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"):
+        batch[name] = ids(lengths["targets"])
+    batch["features"] = ids(segments or 1, space.num_slots)
+    batch["tasks"] = ids(segments or 1)
+    if segments is not None:
+        for stream, name in (("encoder", "inputs"), ("decoder", "targets")):
+            batch[f"{stream}_segment_ids"] = ids(lengths[name])
+            batch[f"{stream}_positions"] = ids(lengths[name])
+    return batch
+
+
+def layout(
+    model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Group] = ()
+) -> Layout:
+    """The shapes of a model's parameters, divided by the optimizer's groups; computes nothing.
+
+    Raises:
+      ValueError: rules or groups that do not fit the network.
+    """
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+    params = variables["params"]
+    axes: dict[str, Any] = partitioning.flat_axes(variables.get("params_axes", {}))
+    paths: list[str] = []
+    if model.adapted is not None:
+        added, _ = adapters.split(params, model.adapted.rules)
+        paths = list(traverse_util.flatten_dict(added, sep="/"))
+        axes = {**axes, **adapters.logical_axes(params, axes, model.adapted.rules)}
+    trained, frozen = optimizers.select(params, groups, paths)
+    return Layout(trained, frozen, axes)
+
+
+def take_base(wanted: Tree, base: Tree, adapter_names: Sequence[str], where: str) -> Tree:
+    """The leaves of `wanted` that a base holds, from the base; adapters are left out.
+
+    Args:
+      wanted: nested dict of shapes.
+      base: nested dict of host arrays.
+      adapter_names: the mixtures' names; paths through them belong to no base.
+      where: the base's name for messages.
+
+    Raises:
+      ValueError: a parameter that the base lacks or has in another shape.
+    """
+    flat = traverse_util.flatten_dict(base, sep="/")
+    taken, problems = {}, []
+    for path, leaf in traverse_util.flatten_dict(wanted, sep="/").items():
+        if path in flat:
+            if tuple(flat[path].shape) != tuple(leaf.shape):
+                problems.append(
+                    f"{path} is {list(flat[path].shape)}, the model has {list(leaf.shape)}"
+                )
+            taken[path] = flat[path]
+        elif not set(path.split("/")) & set(adapter_names):
+            problems.append(f"{path} is missing")
+    if problems:
+        more = f" ({len(problems)} in all)" if len(problems) > 6 else ""
+        raise ValueError(
+            f"the base {where} does not fit the model: {'; '.join(problems[:6])}{more}. "
+            "Choose the gin file of the base's size"
+        )
+    return traverse_util.unflatten_dict(taken, sep="/")
+
+
+def host_init(model: Any, batch: Mapping[str, Any], wanted: Tree, seed: int) -> Tree:
+    """The leaves of `wanted` as the model initialises them, host arrays that are the same in every process."""
+    keep = set(traverse_util.flatten_dict(wanted, sep="/"))
+    if not keep:
+        return {}
+
+    @jax.jit
+    def draw(rng: jax.Array) -> Tree:
+        zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), dict(batch))
+        params = traverse_util.flatten_dict(model.init(rng, zeros)["params"], sep="/")
+        return {path: leaf for path, leaf in params.items() if path in keep}
+
+    return traverse_util.unflatten_dict(jax.device_get(draw(jax.random.key(seed))), sep="/")
+
+
+def resolve_space(
+    derived: FeatureSpace, stored: FeatureSpace, own: bool, where: Any
+) -> FeatureSpace:
+    """The feature space of a run that continues a checkpoint: the checkpoint's ids, whatever the mixture's order is.
+
+    Args:
+      derived: of the run's mixture.
+      stored: of the checkpoint.
+      own: the checkpoint is the run's own, with an optimizer state that fits its space exactly; otherwise values that it
+        lacks are appended.
+      where: the checkpoint, for messages.
+
+    Raises:
+      CheckpointError: `own`, and the checkpoint lacks a name.
+    """
+    for name in derived.names:
+        if name not in stored.names:
+            raise checkpoints.CheckpointError(
+                f"the feature space of {where} has no feature {name!r}.{nearest(name, stored.names)}"
+            )
+    extended = stored.extend(dict(derived.features), derived.datasets)
+    if own and extended != stored:
+        new = [
+            f"{name} {value!r}"
+            for name, values in extended.features
+            for value in values
+            if value not in stored.values(name)
+        ] + [f"dataset {name!r}" for name in extended.datasets if name not in stored.datasets]
+        raise checkpoints.CheckpointError(
+            f"{where} was trained without {', '.join(new)}. To add them, start a run in a new MODEL_DIR with "
+            f"INITIAL_CHECKPOINT_PATH={str(where)!r}"
+        )
+    return extended
+
+
+def to_dtype(tree: Tree, dtype: str | None) -> Tree:
+    """Floating leaves in another precision; None leaves them as they are."""
+    if dtype is None:
+        return tree
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"base_dtype {dtype!r}: use float32 or bfloat16 (float16 overflows in the T5 family)"
+        )
+    target = jax.numpy.dtype(dtype)
+
+    def cast(x: Any) -> Any:
+        return x.astype(target) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x
+
+    return jax.tree.map(cast, tree)

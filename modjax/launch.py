@@ -1,0 +1,255 @@
+"""What the entry points share: flags, gin files, and the processes of a multi-host job.
+
+Only `train.py` and `eval.py` import this module, and gin is imported when it is used: the core does without.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import modjax
+from modjax.errors import nearest
+
+# What a binding on the command line may name without an import of its own.
+_IMPORTS = {
+    "adapters": "from modjax import adapters",
+    "launch": "from modjax import launch",
+    "models": "from modjax import models",
+    "optimizers": "from modjax import optimizers",
+    "t5": "from modjax.networks import t5",
+}
+_HINTS = {
+    "MODEL": "a file of gin_configs/bases sets it",
+    "NETWORK": "a file of gin_configs/bases sets it",
+    "MODULE": "a file of gin_configs/methods sets it",
+    "OPTIMIZER": "a file of gin_configs/runs sets it",
+    "TRAIN_STEPS": "a file of gin_configs/runs sets it",
+    "DROPOUT_RATE": "a file of gin_configs/runs sets it",
+}
+CONFIGS = pathlib.Path(modjax.__file__).resolve().parent.parent / "gin_configs"
+
+
+class ConfigError(ValueError):
+    """A flag, a gin file or a binding that cannot be used; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The command line.
+
+    Attributes:
+      gin_files: in the order given.
+      bindings: "NAME = value", in the order given; they win over the files.
+      search_paths: where gin files are looked for, after the current folder and before `gin_configs`.
+      coordinator_address, process_count, process_index: of a multi-host job, else None.
+    """
+
+    gin_files: tuple[str, ...]
+    bindings: tuple[str, ...]
+    search_paths: tuple[str, ...]
+    coordinator_address: str | None = None
+    process_count: int | None = None
+    process_index: int | None = None
+
+
+def parse_flags(argv: Sequence[str], description: str) -> Flags:
+    """Reads --gin_file=F (repeated), --gin.NAME=VALUE, --gin_search_paths=A,B and the flags of multi-host jobs.
+
+    Raises:
+      ConfigError: an unknown flag.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--gin_file", action="append", default=[], help="may be repeated")
+    parser.add_argument("--gin_search_paths", default="", help="folders, separated by commas")
+    parser.add_argument("--coordinator_address", help="HOST:PORT of process 0")
+    parser.add_argument("--process_count", type=int)
+    parser.add_argument("--process_index", type=int)
+    parser.epilog = "--gin.NAME=VALUE sets a macro or a parameter; VALUE is Python ('text' in quotes)."
+    args, rest = parser.parse_known_args(argv)
+    bindings = []
+    known = [action.option_strings[-1] for action in parser._actions] + ["--gin.NAME=VALUE"]
+    for text in rest:
+        match = re.fullmatch(r"--gin\.([^=\s]+)\s*=\s*(.*)", text, re.DOTALL)
+        if match is None:
+            raise ConfigError(f"unknown flag {text!r}.{nearest(text.split('=')[0], known)}")
+        bindings.append(f"{match[1]} = {match[2]}")
+    return Flags(
+        tuple(args.gin_file),
+        tuple(bindings),
+        tuple(path for path in args.gin_search_paths.split(",") if path),
+        args.coordinator_address,
+        args.process_count,
+        args.process_index,
+    )
+
+
+def start_processes(flags: Flags) -> None:
+    """Joins the other processes of a multi-host job; does nothing for a single process.
+
+    Raises:
+      ConfigError: if only some of the three flags are given.
+    """
+    given = (flags.coordinator_address, flags.process_count, flags.process_index)
+    if all(value is None for value in given):
+        return
+    if any(value is None for value in given):
+        raise ConfigError(
+            "a multi-host job needs all of --coordinator_address, --process_count, --process_index"
+        )
+    import jax
+
+    jax.distributed.initialize(
+        coordinator_address=flags.coordinator_address,
+        num_processes=flags.process_count,
+        process_id=flags.process_index,
+    )
+
+
+def load_gin(flags: Flags) -> None:
+    """Parses the gin files in order and then the bindings, and checks the whole before anything runs.
+
+    Raises:
+      ConfigError: a missing file, a name or parameter that does not exist, a macro that is used and not set, required and
+        not given, or set and not used. The message names it and the nearest known one.
+    """
+    import gin
+
+    gin.clear_config(clear_constants=True)
+    folders = [os.getcwd(), *flags.search_paths, str(CONFIGS)]
+    for folder in folders[1:]:
+        gin.add_config_file_search_path(folder)
+    files = [_find(name, folders) for name in flags.gin_files]
+    bindings = ["from __gin__ import dynamic_registration", *_IMPORTS.values(), *flags.bindings]
+    try:
+        gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
+        _check_macros(gin)
+        gin.finalize()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(_explain(gin, error, folders)) from error
+
+
+def _find(name: str, folders: Iterable[str]) -> str:
+    for folder in folders:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path
+    known = []
+    for folder in folders:
+        root = pathlib.Path(folder)
+        if root.is_dir() and (root == CONFIGS or root != pathlib.Path.cwd()):
+            known += [str(path.relative_to(root)) for path in sorted(root.rglob("*.gin"))]
+    raise ConfigError(
+        f"no gin file {name!r} in {', '.join(folders)}.{nearest(name, list(dict.fromkeys(known)), 40)}"
+    )
+
+
+def _check_macros(gin: Any) -> None:
+    """Macros that nothing refers to are misspelt; macros that nothing sets are missing."""
+    config = gin.config._CONFIG
+    selector = "gin.macro"
+    given = {scope: values for (scope, name), values in config.items() if name == selector}
+    used = {
+        reference.scoped_selector.rsplit("/", 1)[0]
+        for reference in gin.config.iterate_references(config)
+        if reference.selector == selector
+    }
+    for name in sorted(used - set(given)):
+        hint = f" ({_HINTS[name]})" if name in _HINTS else ""
+        raise ConfigError(f"the macro {name} is used but not set{hint}.{nearest(name, given)}")
+    for name in sorted(set(given) - used):
+        raise ConfigError(
+            f"the macro {name} is set but nothing uses it.{nearest(name, sorted(used))}"
+        )
+    for name, values in sorted(given.items()):
+        value = values.get("value")
+        if isinstance(value, gin.config.ConfigurableReference) and "REQUIRED" in repr(value):
+            raise ConfigError(f"{name} must be set: --gin.{name}=VALUE")
+
+
+def _explain(gin: Any, error: Exception, folders: Sequence[str]) -> str:
+    """gin's message, with the nearest known name where one is unknown."""
+    text = str(error)
+    place = re.search(r"In (file|bindings string).*", text)
+    where = f" ({place[0].strip()})" if place else ""
+    if match := re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
+        target = gin.get_configurable(match[1])
+        known = [name for name in inspect.signature(target).parameters if name != "self"]
+        return f"{match[1]} has no parameter {match[2]!r}{where}.{nearest(match[2], known)}"
+    if match := re.search(r"No configurable matching '([^']+)'", text):
+        return f"{match[1]!r} does not exist{where}.{nearest(match[1], _configurables(), 8)}"
+    if match := re.search(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", text):
+        return f"{match[1]} must be set: --gin.{match[1]}=VALUE"
+    if match := re.search(r"Unable to open file: (\S+?)\.? ", text + " "):
+        return f"an included gin file is missing: {match[1]}, looked for in {', '.join(folders)}"
+    return f"{type(error).__name__} in the gin configuration: {text}"
+
+
+def _configurables() -> list[str]:
+    """The names that bindings can be about, as written after the standard imports."""
+    names = []
+    for alias, line in _IMPORTS.items():
+        module = importlib.import_module(
+            line.removeprefix("from ").replace(" import ", ".")
+        )
+        for name, value in vars(module).items():
+            if callable(value) and str(getattr(value, "__module__", "")).startswith("modjax"):
+                if not name.startswith("_"):
+                    names.append(f"{alias}.{name}")
+    return names
+
+
+def import_tasks(modules: str | Sequence[str] | None) -> None:
+    """Imports the modules that register tasks; the current folder is on the path.
+
+    Raises:
+      ConfigError: naming the module that does not exist.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in [modules] if isinstance(modules, str) else modules or ():
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and not name.startswith(error.name):
+                raise
+            raise ConfigError(
+                f"MIXTURE_OR_TASK_MODULE: no module {name!r} on the path ({error})"
+            ) from error
+
+
+def config_of(
+    path: str,
+    dropout_rate: float = 0.0,
+    scan_layers: bool = False,
+    remat_policy: str = "none",
+    dtype: str = "float32",
+) -> Any:
+    """The configuration of the network whose weights lie in a folder, and what a run chooses beside it.
+
+    Args:
+      path: a folder as `modjax.hub.load_base` reads it.
+      dropout_rate, scan_layers, remat_policy, dtype: see `networks.t5.T5Config`.
+
+    Returns:
+      A T5Config.
+    """
+    from modjax import hub
+    from modjax.networks import t5
+
+    return t5.T5Config(
+        **hub.load_config(path),
+        dropout_rate=dropout_rate,
+        scan_layers=scan_layers,
+        remat_policy=remat_policy,
+        dtype=dtype,
+    )

@@ -1,0 +1,315 @@
+"""Trains a model on a SeqIO mixture: pretraining, full fine-tuning, or adapters on a frozen base.
+
+    python train.py --gin_file=bases/t5_small.gin --gin_file=methods/flix.gin --gin_file=runs/finetune.gin \\
+        --gin.MIXTURE_OR_TASK_NAME="'my_mixture'" --gin.MIXTURE_OR_TASK_MODULE="'my.tasks'" \\
+        --gin.TASK_FEATURE_LENGTHS="{'inputs': 128, 'targets': 64}" --gin.TRAIN_STEPS=1000 \\
+        --gin.BASE="'weights/t5_small'" --gin.MODEL_DIR="'runs/first'"
+
+The same command again resumes from the latest checkpoint of MODEL_DIR. The gin files may come in any order.
+"""
+
+import contextlib
+import importlib
+import itertools
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from modjax import adapters, checkpoints, initialize, launch, logging, optimizers, partitioning
+from modjax.features import FeatureSpace
+from modjax.trainer import StopSignal, Trainer, TrainState, fit
+
+
+def train(
+    model: Any,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    train_steps: int,
+    model_dir: str,
+    optimizer: optimizers.Optimizer,
+    base: str,
+    *,
+    mixture_or_task_module: str | Sequence[str] | None = None,
+    initial_checkpoint_path: str | None = None,
+    random_seed: int = 0,
+    use_cached_tasks: bool = False,
+    features: Sequence[str] | None = None,
+    pack: bool = True,
+    max_segments: int = 16,
+    on_too_long: str = "count",
+    base_dtype: str | None = None,
+    microbatches: int = 1,
+    model_parallel: int = 1,
+    log_period: int = 100,
+    checkpoint_period: int = 1000,
+    keep_checkpoints: int | None = 3,
+    eval_period: int = 0,
+    eval_steps: int = 0,
+    eval_mixture: str | None = None,
+    eval_split: str = "validation",
+    tensorboard: bool = True,
+    export_dir: str | None = None,
+    operative_config: str = "",
+) -> TrainState:
+    """Trains, and returns the last state. The gin files in gin_configs/runs say what the arguments default to.
+
+    Args:
+      model: see `modjax.models`.
+      mixture_or_task_name: what is trained on, registered by a module in `mixture_or_task_module`.
+      task_feature_lengths: {"inputs": L, "targets": L} in tokens.
+      batch_size: rows of the global batch.
+      train_steps: steps in all; a resumed run does what is left of them.
+      model_dir: checkpoints, logs and configuration are written here.
+      optimizer: what trains, by which algorithm.
+      base: a folder of weights (see `modjax.hub`), or "random" to start from random weights.
+      initial_checkpoint_path: a checkpoint, or a MODEL_DIR, of the same method, whose trained parameters this run starts
+        from (at step 0), unless MODEL_DIR has a checkpoint of its own.
+      features: which of the tasks' features the feature space has; all of them if None.
+      pack: several examples to a row, at most `max_segments`.
+      on_too_long: "count" cuts and counts examples longer than the limit, "error" refuses them.
+      base_dtype: precision that the frozen base is kept in, None for that of its files.
+      microbatches: parts that a batch is computed in, one after the other.
+      model_parallel: devices that share a copy of the parameters.
+      eval_period, eval_steps: every so many steps, loss and accuracy on so many batches of each task of `eval_mixture`
+        (default: the mixture trained on) and `eval_split`; 0 for never.
+      export_dir: where the base is written at the end, if all of it was trained.
+      operative_config: text to keep with the checkpoints and as MODEL_DIR/config.gin.
+    """
+    from modjax.data import pipeline, registry
+
+    first = jax.process_index() == 0
+    launch.import_tasks(mixture_or_task_module)
+    mesh = partitioning.make_mesh(model_parallel)
+    partitioning.check_batch(batch_size, mesh, microbatches)
+    checkpoints.check_writable(model_dir)
+
+    # The checkpoint to continue, the run's own before any other, decides the ids of the feature space.
+    own = checkpoints.steps(model_dir)
+    source = model_dir if own else initial_checkpoint_path
+    stored = checkpoints.read_metadata(source) if source else None
+    space = _feature_space(registry, mixture_or_task_name, features)
+    if stored is not None:
+        known = FeatureSpace.from_json(stored["space"])
+        space = initialize.resolve_space(space, known, bool(own), checkpoints.locate(source))
+    model = model.with_space(space)
+
+    # Shapes first: rules, groups and sizes that do not fit are found before anything is read or computed.
+    batch = initialize.example_batch(task_feature_lengths, space, max_segments if pack else None)
+    layout = initialize.layout(model, batch, optimizer.groups)
+    _check_vocabulary(registry, mixture_or_task_name, model)
+    names = () if model.adapted is None else model.adapted.names
+
+    # The frozen part comes from the base and is identified by its values; the trained part is fresh where the base has
+    # nothing, from the base where it has, and from the initial checkpoint where that has.
+    if base == initialize.RANDOM:
+        frozen = initialize.host_init(model, batch, layout.frozen, random_seed)
+        trained = initialize.host_init(model, batch, layout.trained, random_seed)
+    else:
+        from modjax import hub
+
+        scan = bool(getattr(getattr(model.network, "config", None), "scan_layers", False))
+        _, weights = hub.load_base(base, scan_layers=scan)
+        frozen = initialize.take_base(layout.frozen, weights, names, base)
+        trained = optimizers.combine(
+            initialize.take_base(layout.trained, weights, names, base),
+            initialize.host_init(model, batch, _added(layout.trained, names), random_seed),
+        )
+    metadata = {
+        "method": adapters.describe_rules(model.adapted.rules) if model.adapted else "full",
+        "space": space.to_json(),
+        "base": checkpoints.fingerprint(frozen),
+        "mixture": mixture_or_task_name,
+        "gin": operative_config,
+    }
+    frozen = initialize.to_dtype(frozen, base_dtype)
+    if stored is not None and not own:
+        trained = _start_from(initial_checkpoint_path, metadata, trained, stored, space)
+
+    trainer = Trainer(model, optimizer, mesh, trained, frozen, layout.axes, microbatches)
+    state = trainer.init_state(trained, random_seed)
+    frozen = partitioning.place(frozen, trainer.frozen_sharding)
+    size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.opt_state)))
+    checkpoints.check_writable(model_dir, 2 * size)
+    iterator = pipeline.train_iterator(
+        mixture_or_task_name,
+        "train",
+        space,
+        task_feature_lengths=task_feature_lengths,
+        batch_size=batch_size,
+        pack=pack,
+        max_segments=max_segments,
+        seed=random_seed,
+        use_cached=use_cached_tasks,
+        on_too_long=on_too_long,
+    )
+    checkpointer = checkpoints.Checkpointer(model_dir, metadata, keep_checkpoints)
+    start = 0
+    if own:
+        start = own[-1]
+        state = checkpointer.restore(start, state, iterator)
+    if first:
+        _describe(model_dir, model, layout, operative_config)
+
+    writer = logging.MetricWriter(
+        os.path.join(model_dir, "train"), first, tensorboard, start if own else None
+    )
+    progress = logging.Progress(train_steps, start, first)
+    progress.say(_headline(layout, mixture_or_task_name, source, start, train_steps))
+    eval_writers: dict[str, logging.MetricWriter] = {}
+
+    def log(step: int, sums: dict[str, float]) -> None:
+        figures = logging.summarize(sums)
+        writer.write(step, figures)
+        progress.update(step, figures)
+
+    def save(step: int, state: TrainState) -> None:
+        checkpointer.save(step, state, iterator)
+
+    def evaluate(step: int, state: TrainState) -> None:
+        for task in registry.tasks_of(eval_mixture or mixture_or_task_name):
+            batches = _eval_batches(
+                pipeline, task, eval_split, space, task_feature_lengths, batch_size
+            )
+            sums = trainer.evaluate(state, frozen, itertools.islice(batches, eval_steps))
+            if task not in eval_writers:
+                folder = os.path.join(model_dir, "training_eval", task)
+                eval_writers[task] = logging.MetricWriter(
+                    folder, first, tensorboard, start if own else None
+                )
+            eval_writers[task].write(step, logging.summarize(sums))
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        for closing in (progress, writer, checkpointer):
+            stack.callback(closing.close)
+        state, step = fit(
+            trainer,
+            state,
+            frozen,
+            iterator,
+            train_steps,
+            log_every=log_period,
+            log=log,
+            save_every=checkpoint_period,
+            save=save,
+            eval_every=eval_period if eval_steps else 0,
+            evaluate=evaluate,
+            stop=stop,
+        )
+    for eval_writer in eval_writers.values():
+        eval_writer.close()
+    if step < train_steps:
+        progress.say(
+            f"stopped by {stop.received or 'another process'} and saved at step {step} of {train_steps}; "
+            "run the same command again to resume"
+        )
+    elif export_dir is not None and first:
+        _export(export_dir, model, state, frozen)
+    return state
+
+
+def _feature_space(
+    registry: Any, mixture: str, features: Sequence[str] | None
+) -> FeatureSpace:
+    """The mixture's feature space; without features where no task has any, as in pretraining."""
+    tasks = registry.tasks_of(mixture)
+    if features is None and not any(registry.has_metadata(task) for task in tasks):
+        return FeatureSpace(features=(), datasets=tuple(tasks))
+    return registry.feature_space(mixture, features)
+
+
+def _check_vocabulary(registry: Any, mixture: str, model: Any) -> None:
+    rows = getattr(getattr(model.network, "config", None), "vocab_size", None)
+    for task in registry.tasks_of(mixture):
+        size = registry.vocabulary_size(task)
+        if rows is not None and size > rows:
+            raise ValueError(
+                f"the vocabulary of task {task!r} has {size} tokens, the base {rows} embeddings: train with the "
+                "vocabulary that the base was made with"
+            )
+
+
+def _added(trained: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(dict(trained), sep="/")
+    mine = {path: leaf for path, leaf in flat.items() if set(path.split("/")) & set(names)}
+    return traverse_util.unflatten_dict(mine, sep="/")
+
+
+def _start_from(
+    path: Any, metadata: Mapping[str, Any], fresh: Any, stored: Mapping[str, Any], space: FeatureSpace
+) -> Any:
+    """The trained parameters of another checkpoint, widened where this run's feature space has more values."""
+    where = checkpoints.locate(path)
+    for part in ("method", "base"):
+        checkpoints.check_same(part, stored[part], metadata[part], where)
+    old, _, _ = checkpoints.load_trained(where)
+    if stored["space"] == metadata["space"]:
+        return old
+    return adapters.extend(old, FeatureSpace.from_json(stored["space"]), fresh, space)
+
+
+def _describe(model_dir: str, model: Any, layout: initialize.Layout, config: str) -> None:
+    flat = [traverse_util.flatten_dict(t, sep="/") for t in (layout.trained, layout.frozen)]
+    table = logging.parameter_table(*flat)
+    folder = pathlib.Path(model_dir)
+    (folder / "model-info.txt").write_text(f"{table}\n{model}\n")
+    (folder / "config.gin").write_text(config)
+
+
+def _headline(
+    layout: initialize.Layout, mixture: str, source: Any, start: int, train_steps: int
+) -> str:
+    trained, frozen = (
+        sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+        for tree in (layout.trained, layout.frozen)
+    )
+    origin = f"resuming at step {start}" if start else f"from {source}" if source else "fresh"
+    return (
+        f"training on {mixture}: {trained:,} parameters train, {frozen:,} are frozen; {origin}, to step {train_steps}, "
+        f"on {jax.device_count()} {jax.devices()[0].platform} devices of {jax.process_count()} processes"
+    )
+
+
+def _eval_batches(
+    pipeline: Any, task: str, split: str, space: FeatureSpace, lengths: Any, batch_size: int
+) -> Iterator[Any]:
+    batches = pipeline.eval_batches(
+        task, split, space, task_feature_lengths=lengths, batch_size=batch_size
+    )
+    for batch, _ in batches:
+        yield {name: rows for name, rows in batch.items() if name != "valid"}
+
+
+def _export(folder: str, model: Any, state: TrainState, frozen: Any) -> None:
+    if model.adapted is not None:
+        raise ValueError("export_dir is for a base; a run with adapters exports them after merging")
+    from modjax import hub
+
+    hub.save_base(folder, model.network.config, optimizers.combine(state.trained, frozen))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads flags and gin files, joins the job, trains. Errors in what the user wrote end in one line, not a trace."""
+    import gin
+
+    try:
+        flags = launch.parse_flags(argv, "Trains a model; see gin_configs/runs.")
+        launch.start_processes(flags)
+        launch.load_gin(flags)
+        gin.get_configurable(train)(operative_config=gin.config_str())
+    except (launch.ConfigError, checkpoints.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # The gin files bind train.train: the module of that name, not this script's __main__.
+    sys.exit(importlib.import_module("train").main(sys.argv[1:]))
