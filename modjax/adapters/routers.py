@@ -1,0 +1,254 @@
+"""Routers: how much of each module of a bank an example uses.
+
+A router knows the batch's ids and the feature space, and nothing of layers or of what a module computes. Legend:
+`B` batch, `S` segments of a packed row (1 when not packed), `M` modules of the bank, `A` active modules of an example.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from modjax.errors import nearest
+from modjax.features import FeatureSpace
+
+Array = jax.Array
+
+DATASET = "dataset"  # routes by batch["tasks"], as if the dataset's name were one more feature
+SHARED = "shared"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleName:
+    """The name of one module of a bank: its group (a feature's name), and its value within the group."""
+
+    group: str
+    value: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.group}={self.value}" if self.value else self.group
+
+
+@flax.struct.dataclass
+class Mix:
+    """What travels with a batch to the adapters.
+
+    Attributes:
+      features: int32 `[B, S, F]`, ids of the feature space's values, 0 = none.
+      tasks: int32 `[B, S]`, ids of datasets, 0 = none.
+      segments: for packed batches, int32 `[B, L]` segment ids of each stream ("encoder", "decoder"), 0 = padding;
+        None when every row is one example.
+      train: whether routers draw at random (feature dropout).
+    """
+
+    features: Array | None = None
+    tasks: Array | None = None
+    segments: Mapping[str, Array] | None = None
+    train: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def repeat(self, times: int) -> "Mix":
+        """The same with every example `times` times in a row, as beams are laid out."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+
+
+@flax.struct.dataclass
+class Routing:
+    """Mixing weights of a batch, as a short list of active modules per segment.
+
+    Attributes:
+      index: int32 `[B, S, A]`, a module's position in the bank, -1 = none. `B` and `S` may be 1 to broadcast.
+      gate: float32 `[B, S, A]`, its weight; 0 where `index` is -1.
+      slots: for each of the `A` positions, the range of modules it can name (static).
+    """
+
+    index: Array
+    gate: Array
+    slots: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
+
+    def weights(self, num_modules: int) -> Array:
+        """The same as a dense float32 `[B, S, M]`."""
+        one_hot = self.index[..., None] == jnp.arange(num_modules)
+        return jnp.sum(one_hot * self.gate[..., None], axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Single:
+    """One module, always on: plain LoRA (arXiv 2106.09685), or any other module by itself."""
+
+    def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
+        """The names of the bank's modules, in order."""
+        del space
+        return (ModuleName("all"),)
+
+    def route(
+        self, mix: Mix, space: FeatureSpace | None, make_rng: Callable[[], Array]
+    ) -> Routing:
+        """Full weight on the one module, for every example."""
+        del mix, space, make_rng
+        return Routing(jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1, 1)), ((0, 1),))
+
+    def active(self, space: FeatureSpace | None, features: Mapping[str, Any]) -> np.ndarray:
+        """The weights float32 `[M]` for the dataset that `features` describe."""
+        del space, features
+        return np.ones(1, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """FLix (arXiv 2402.17934): every value of every feature owns a module, and an example uses those of its values.
+
+    An id of 0 (none, or a value that the space does not know) adds nothing, and the others still do.
+
+    Attributes:
+      features: the features that own modules, in order; None = all of the space. The name "dataset" stands for the
+        example's dataset: one module per dataset, chosen by `tasks`.
+      shared: also one module that every example uses (a baseline of the paper).
+      dropout: in training, the rate at which an active feature is dropped, independently for each example and each of
+        its features, and the same in all layers; no rescaling. A rate for all, or `{feature: rate}` with 0 for those
+        not named. The paper gives no rate: any value is our choice.
+    """
+
+    features: tuple[str, ...] | None = None
+    shared: bool = False
+    dropout: Any = 0.0
+
+    def __post_init__(self) -> None:
+        if self.features is not None:
+            object.__setattr__(self, "features", tuple(self.features))
+            if not self.features and not self.shared:
+                raise ValueError("Features(features=()) has no module: name at least one feature.")
+        if isinstance(self.dropout, Mapping):
+            object.__setattr__(self, "dropout", tuple(sorted(self.dropout.items())))
+        rates = [r for _, r in self.dropout] if isinstance(self.dropout, tuple) else [self.dropout]
+        if not all(0.0 <= r <= 1.0 for r in rates):
+            raise ValueError(f"Features.dropout must be in [0, 1], got {self.dropout}.")
+
+    def _names(self, space: FeatureSpace | None) -> tuple[str, ...]:
+        if space is None:
+            raise ValueError(
+                "The router Features needs a feature space: bind one with Adapted(..., space=space) "
+                "or model.with_space(space)."
+            )
+        names = space.names if self.features is None else self.features
+        for name in names:
+            if name not in space.names and name != DATASET:
+                raise ValueError(
+                    f"Router Features: unknown feature {name!r}."
+                    + nearest(name, (*space.names, DATASET))
+                )
+        if isinstance(self.dropout, tuple):
+            for name, _ in self.dropout:
+                if name not in (*names, SHARED):
+                    raise ValueError(
+                        f"Features.dropout: unknown feature {name!r}."
+                        + nearest(name, (*names, SHARED))
+                    )
+        return names
+
+    def _values(self, space: FeatureSpace, name: str) -> tuple[str, ...]:
+        return space.datasets if name == DATASET else space.values(name)
+
+    def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
+        """The names of the bank's modules, in order: feature by feature, value by value, then the shared one."""
+        names = self._names(space)
+        assert space is not None
+        modules = [ModuleName(n, v) for n in names for v in self._values(space, n)]
+        if self.shared:
+            modules.append(ModuleName(SHARED))
+        if not modules:
+            raise ValueError("Router Features: the feature space has no values, so no module.")
+        return tuple(modules)
+
+    def _slots(self, space: FeatureSpace) -> list[tuple[str, int | None, int, int]]:
+        """(feature, column of `features` or None for `tasks`, first module, one past the last)."""
+        slots, start = [], 0
+        for name in self._names(space):
+            stop = start + len(self._values(space, name))
+            if name == DATASET:
+                slots.append((name, None, start, stop))
+            else:
+                columns = [i for i, n in enumerate(space.slot_features) if n == name]
+                slots.extend((name, i, start, stop) for i in columns)
+            start = stop
+        return slots
+
+    def route(
+        self, mix: Mix, space: FeatureSpace | None, make_rng: Callable[[], Array]
+    ) -> Routing:
+        """One active module for each feature value of an example, weights 1, or 0 where dropped."""
+        self._names(space)
+        assert space is not None
+        slots = self._slots(space)
+        ids = []
+        for name, column, _, _ in slots:
+            source = mix.tasks if column is None else mix.features
+            if source is None:
+                field = "tasks" if column is None else "features"
+                raise ValueError(
+                    f"Router Features needs batch[{field!r}] for feature {name!r}, and the batch has none."
+                )
+            if column is not None and source.shape[-1] != space.num_slots:
+                raise ValueError(
+                    f"batch['features'] has {source.shape[-1]} columns, and the feature space "
+                    f"{space.num_slots}: {', '.join(space.slot_features)}."
+                )
+            ids.append(source if column is None else source[..., column])
+        index = jnp.stack(ids, axis=-1) - 1
+        sizes = np.array([stop - start for _, _, start, stop in slots])
+        starts = np.array([start for _, _, start, _ in slots])
+        index = jnp.where((index >= 0) & (index < sizes), index + starts, -1)
+        names = [name for name, *_ in slots]
+        ranges = tuple((start, stop) for _, _, start, stop in slots)
+        if self.shared:
+            # Padding segments have no example: they need no exception, since their tokens count for nothing.
+            last = ranges[-1][1] if ranges else 0
+            index = jnp.concatenate([index, jnp.full_like(index[..., :1], last)], axis=-1)
+            names, ranges = [*names, SHARED], (*ranges, (last, last + 1))
+        gate = (index >= 0).astype(jnp.float32)
+        rates = np.array([self._rate(name) for name in names], np.float32)
+        if mix.train and rates.any():
+            gate = gate * jax.random.bernoulli(make_rng(), 1.0 - rates, gate.shape)
+        return Routing(index, gate, ranges)
+
+    def _rate(self, name: str) -> float:
+        if isinstance(self.dropout, tuple):
+            return dict(self.dropout).get(name, 0.0)
+        return 0.0 if name == SHARED else self.dropout
+
+    def active(self, space: FeatureSpace | None, features: Mapping[str, Any]) -> np.ndarray:
+        """The weights float32 `[M]` for the dataset that `features` describe.
+
+        Args:
+          space: the feature space.
+          features: `{feature: value or values}`, `dataset` among them where it owns modules; a feature left out or
+            None is off.
+
+        Raises:
+          ValueError: an unknown feature or value (the nearest known one is named).
+        """
+        names = self._names(space)
+        assert space is not None
+        for name in features:
+            if name not in (*space.names, DATASET):
+                raise ValueError(
+                    f"Unknown feature {name!r}." + nearest(name, (*space.names, DATASET))
+                )
+        modules = self.modules(space)
+        weights = np.zeros(len(modules), np.float32)
+        for name in names:
+            values = features.get(name)
+            values = (values,) if isinstance(values, str) else tuple(values or ())
+            for value in values:
+                known = self._values(space, name)
+                if value not in known:
+                    raise ValueError(
+                        f"Unknown value {value!r} of feature {name!r}." + nearest(value, known)
+                    )
+                weights[modules.index(ModuleName(name, value))] = 1.0
+        if self.shared:
+            weights[-1] = 1.0
+        return weights

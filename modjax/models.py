@@ -1,0 +1,392 @@
+"""Loss, prediction and scoring for a network, adapted or not: what lies between a batch and a number.
+
+The methods have the names and shapes of T5X's model protocol. Legend: `B` batch, `L` length, `V` vocabulary,
+`S` segments of a packed row, `F` features.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from modjax import decoding
+from modjax.adapters import Adapted, Mix
+from modjax.errors import nearest
+from modjax.features import FeatureSpace
+
+Array = jax.Array
+Batch = Mapping[str, Any]
+Sums = dict[str, Array]
+
+NORMALIZERS = ("num_real_target_tokens", "num_total_target_tokens", "average_per_sequence")
+DECODERS = ("greedy", "sample", "beam")
+
+
+def cross_entropy(
+    logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Array, Array]:
+    """Cross entropy per token in nats, and the part of it that is z-loss.
+
+    With label smoothing e the target distribution is 1 - e on the target and e / (V - 1) elsewhere, and its
+    entropy is subtracted, so that a perfect prediction costs 0. The z-loss `z * log(Z)^2` keeps the logits'
+    normaliser near 1 (arXiv 2204.02311, section 5).
+
+    Args:
+      logits: float `[..., V]`; computed in float32.
+      targets: int `[...]`.
+
+    Returns:
+      (loss including z-loss, z-loss), float32 `[...]`.
+    """
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = log_z - target_logits
+    if label_smoothing:
+        rest = label_smoothing / (logits.shape[-1] - 1)
+        confidence = 1.0 - label_smoothing
+        loss = log_z - (confidence - rest) * target_logits - rest * jnp.sum(logits, axis=-1)
+        entropy = -confidence * jnp.log(confidence) - label_smoothing * jnp.log(rest)
+        loss = loss - entropy
+    z = z_loss * jnp.square(log_z)
+    return loss + z, z
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderModel:
+    """An encoder-decoder network with its loss and its decoder.
+
+    Attributes:
+      module: a network with `encode`, `decode` and `__call__` as `networks.t5.Transformer` has them, or one in
+        `adapters.Adapted`.
+      label_smoothing, z_loss: see `cross_entropy`.
+      loss_normalizing_factor: None leaves the loss a sum over the batch's target tokens (T5X's default); a number
+        divides it; "num_real_target_tokens", "num_total_target_tokens" (padding included) or
+        "average_per_sequence" (each sequence weighs the same).
+      eos_id: the token that ends a target.
+      decoder: how `predict_batch` decodes unless told otherwise: "greedy", "sample" or "beam".
+      num_decodes: beams, or samples of which the most probable is returned.
+      alpha: length penalty of beam search.
+      temperature, topk, topp: of sampling.
+    """
+
+    module: nn.Module
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    loss_normalizing_factor: float | str | None = None
+    eos_id: int = 1
+    decoder: str = "greedy"
+    num_decodes: int = 1
+    alpha: float = 0.6
+    temperature: float = 1.0
+    topk: int = 0
+    topp: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+        factor = self.loss_normalizing_factor
+        if isinstance(factor, str) and factor.lower() not in NORMALIZERS:
+            raise ValueError(
+                f"Unknown loss_normalizing_factor {factor!r}." + nearest(factor, NORMALIZERS)
+            )
+        _check_decoder(self.decoder)
+
+    # What the model is.
+
+    @property
+    def adapted(self) -> Adapted | None:
+        """The adapted module, or None for a plain network."""
+        return self.module if isinstance(self.module, Adapted) else None
+
+    @property
+    def network(self) -> Any:
+        """The base network."""
+        return self.module.network if isinstance(self.module, Adapted) else self.module
+
+    @property
+    def FEATURE_CONVERTER_CLS(self) -> Any:  # T5X's name
+        """The SeqIO feature converter of this kind of model; imports SeqIO."""
+        from modjax.data import converters
+
+        return converters.EncDecFeatureConverter
+
+    def with_space(self, space: FeatureSpace) -> "EncoderDecoderModel":
+        """The same model with its routers bound to the names of `space`."""
+        if self.adapted is None:
+            return self
+        return dataclasses.replace(self, module=self.adapted.clone(space=space))
+
+    # Calls into the network.
+
+    def _apply(
+        self, variables: Mapping[str, Any], method: str, *args: Any, mix: Mix, **kwargs: Any
+    ) -> Any:
+        """Calls a method of the network, adapted if it is; the two differ in how they are told."""
+        if self.adapted is None:
+            return self.module.apply(variables, *args, method=method, **kwargs)
+        return self.module.apply(variables, method, *args, mix=mix, method="call", **kwargs)
+
+    def init(self, rng: Array, batch: Batch) -> dict[str, Any]:
+        """Variables {params, params_axes}: the base at random, the adapters as a run starts with them.
+
+        Args:
+          rng: key.
+          batch: a batch, or its shapes; only shapes matter. Use under `jax.eval_shape` or `jax.jit`.
+        """
+        mix = {} if self.adapted is None else {"mix": make_mix(batch, train=False)}
+        return dict(self.module.init(rng, *_inputs(batch), **_segments(batch), **mix))
+
+    def logits(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> Array:
+        """Teacher-forced logits, float32 `[B, L, V]`; `dropout_rng=None` means deterministic."""
+        train = dropout_rng is not None
+        rngs = None
+        if dropout_rng is not None:
+            dropout, features = jax.random.split(dropout_rng)
+            rngs = {"dropout": dropout, "features": features}
+        return self._apply(
+            {"params": params},
+            "__call__",
+            *_inputs(batch),
+            **_segments(batch),
+            mix=make_mix(batch, train),
+            enable_dropout=train,
+            rngs=rngs,
+        )
+
+    # Loss.
+
+    def loss_sums(self, params: Any, batch: Batch, dropout_rng: Array | None) -> tuple[Array, Sums]:
+        """The loss before it is normalised, and sums that add over microbatches and processes.
+
+        Returns:
+          (loss sum, sums): `loss` (z-loss included), `z_loss`, `weight` (target tokens), `correct`, `sequences`,
+          `tokens` (not padding, both streams), `positions` (padding included) and `target_positions`, all float32
+          scalars.
+        """
+        logits = self.logits(params, batch, dropout_rng)
+        targets = batch["decoder_target_tokens"]
+        weights = _weights(batch)
+        loss, z = cross_entropy(logits, targets, self.label_smoothing, self.z_loss)
+        per_token = weights
+        if self._normalizer == "average_per_sequence":
+            per_token = weights / jnp.maximum(_sequence_weights(batch, weights), 1e-9)
+        loss_sum = jnp.sum(loss * per_token)
+        tokens = [batch["encoder_input_tokens"], targets]
+        sums = {
+            "loss": jnp.sum(loss * weights),
+            "z_loss": jnp.sum(z * weights),
+            "weight": jnp.sum(weights),
+            "correct": jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights),
+            "sequences": _count_sequences(batch, weights),
+            "tokens": sum(jnp.sum(t > 0) for t in tokens).astype(jnp.float32),
+            "positions": jnp.float32(sum(t.size for t in tokens)),
+            "target_positions": jnp.float32(targets.size),
+        }
+        return loss_sum, sums
+
+    def denominator(self, sums: Sums) -> Array:
+        """What the loss sum of the whole batch is divided by, given the whole batch's sums."""
+        if self._normalizer is None:
+            return jnp.float32(1.0)
+        if self._normalizer == "num_real_target_tokens":
+            return jnp.maximum(sums["weight"], 1.0)
+        if self._normalizer == "num_total_target_tokens":
+            return sums["target_positions"]
+        if self._normalizer == "average_per_sequence":
+            return jnp.maximum(sums["sequences"], 1.0)
+        return jnp.float32(self._normalizer)
+
+    @property
+    def _normalizer(self) -> float | str | None:
+        factor = self.loss_normalizing_factor
+        return factor.lower() if isinstance(factor, str) else factor
+
+    def loss_fn(self, params: Any, batch: Batch, dropout_rng: Array | None) -> tuple[Array, Sums]:
+        """(normalised loss, sums of `loss_sums`); `dropout_rng=None` means deterministic."""
+        loss_sum, sums = self.loss_sums(params, batch, dropout_rng)
+        return loss_sum / self.denominator(sums), sums
+
+    def eval_fn(self, params: Any, batch: Batch) -> tuple[Array, Sums]:
+        """`loss_fn` without randomness."""
+        return self.loss_fn(params, batch, None)
+
+    # Prediction.
+
+    def predict_batch(
+        self, params: Any, batch: Batch, rng: Array | None = None, **options: Any
+    ) -> Array:
+        """The best prediction of each example, int32 `[B, L]`; see `predict_batch_with_aux`."""
+        return self.predict_batch_with_aux(params, batch, rng, **options)[0]
+
+    def predict_batch_with_aux(
+        self,
+        params: Any,
+        batch: Batch,
+        rng: Array | None = None,
+        *,
+        decoder: str | None = None,
+        num_decodes: int | None = None,
+        alpha: float | None = None,
+        temperature: float | None = None,
+        topk: int | None = None,
+        topp: float | None = None,
+        max_decode_len: int | None = None,
+        return_all_decodes: bool = False,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Decodes a batch that may mix datasets: an example's features follow it into its beams.
+
+        Args:
+          params: of the base and the adapters.
+          batch: unpacked; `encoder_input_tokens`, and `features` and `tasks` where adapters want them.
+          rng: needed to sample.
+          decoder, num_decodes, alpha, temperature, topk, topp: instead of the model's own.
+          max_decode_len: steps; the length of `decoder_input_tokens` unless given.
+          return_all_decodes: return `[B, num_decodes, L]`, in ascending order of score.
+
+        Returns:
+          (tokens int32 `[B, L]`, {"scores": float32 `[B]`}).
+        """
+
+        def pick(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        decoder = _check_decoder(pick(decoder, self.decoder))
+        num_decodes = pick(num_decodes, self.num_decodes)
+        if decoder == "greedy":
+            num_decodes = 1
+        if "encoder_segment_ids" in batch:
+            raise ValueError("Prediction works on one example per row: give an unpacked batch.")
+        if decoder == "sample" and rng is None:
+            raise ValueError("decoder='sample' draws at random: give an rng.")
+        if max_decode_len is None:
+            max_decode_len = batch["decoder_input_tokens"].shape[1]
+        inputs = batch["encoder_input_tokens"]
+        mix = make_mix(batch, train=False)
+        encoded = self._apply({"params": params}, "encode", inputs, mix=mix)
+        # The empty prompt makes the cache, with the keys and values of the encoder's output in it.
+        cache_options: dict[str, Any] = {
+            "decode": True,
+            "max_decode_length": max_decode_len,
+            "mutable": ["cache"],
+        }
+        _, cache = self._apply(
+            {"params": params},
+            "decode",
+            encoded,
+            inputs,
+            jnp.zeros((inputs.shape[0], 0), jnp.int32),
+            mix=mix,
+            **cache_options,
+        )
+        expanded_inputs = jnp.repeat(inputs, num_decodes, axis=0)
+        expanded_mix = mix.repeat(num_decodes)
+
+        def tokens_to_logits(state: decoding.DecodingState) -> tuple[Array, Any]:
+            logits, new = self._apply(
+                {"params": params, "cache": state.cache},
+                "decode",
+                None,
+                expanded_inputs,
+                state.cur_token,
+                mix=expanded_mix,
+                **cache_options,
+            )
+            return jnp.squeeze(logits, axis=1), new["cache"]
+
+        prompt = jnp.zeros((inputs.shape[0], max_decode_len), jnp.int32)
+        scanned = bool(getattr(getattr(self.network, "config", None), "scan_layers", False))
+        common = {"num_decodes": num_decodes, "cache_offset": 1 if scanned else 0}
+        if decoder == "beam":
+            decodes, scores = decoding.beam_search(
+                prompt,
+                cache["cache"],
+                tokens_to_logits,
+                self.eos_id,
+                alpha=pick(alpha, self.alpha),
+                max_decode_len=max_decode_len,
+                **common,
+            )
+        else:
+            greedy = decoder == "greedy"
+            decodes, scores = decoding.temperature_sample(
+                prompt,
+                cache["cache"],
+                tokens_to_logits,
+                self.eos_id,
+                decode_rng=jax.random.key(0) if rng is None else rng,
+                temperature=0.0 if greedy else pick(temperature, self.temperature),
+                topk=1 if greedy else pick(topk, self.topk),
+                topp=0.0 if greedy else pick(topp, self.topp),
+                **common,
+            )
+        if return_all_decodes:
+            return decodes, {"scores": scores}
+        return decodes[:, -1], {"scores": scores[:, -1]}
+
+    def score_batch(
+        self, params: Any, batch: Batch, return_intermediates: bool = False
+    ) -> Array:
+        """Log probability of each example's target, in nats, float32 `[B]` (unpacked)."""
+        if return_intermediates:
+            raise ValueError("This model keeps no intermediates: call it without them.")
+        loss, _ = cross_entropy(self.logits(params, batch), batch["decoder_target_tokens"])
+        return -jnp.sum(loss * _weights(batch), axis=-1)
+
+
+def make_mix(batch: Batch, train: bool) -> Mix:
+    """What the adapters need of a batch, integers also where T5X's evaluation hands over floats."""
+
+    def ids(name: str) -> Array | None:
+        return None if name not in batch else jnp.asarray(batch[name]).astype(jnp.int32)
+
+    segments = None
+    if "encoder_segment_ids" in batch:
+        segments = {k: ids(f"{k}_segment_ids") for k in ("encoder", "decoder")}
+    return Mix(features=ids("features"), tasks=ids("tasks"), segments=segments, train=train)
+
+
+def _check_decoder(name: str) -> str:
+    if name not in DECODERS:
+        raise ValueError(f"Unknown decoder {name!r}." + nearest(name, DECODERS))
+    return name
+
+
+def _inputs(batch: Batch) -> tuple[Any, Any, Any]:
+    names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+    return tuple(jnp.asarray(batch[name]).astype(jnp.int32) for name in names)  # type: ignore[return-value]
+
+
+def _segments(batch: Batch) -> dict[str, Any]:
+    names = ("encoder_segment_ids", "decoder_segment_ids", "encoder_positions", "decoder_positions")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def _weights(batch: Batch) -> Array:
+    weights = batch.get("decoder_loss_weights")
+    if weights is None:
+        weights = batch["decoder_target_tokens"] > 0
+    return jnp.asarray(weights).astype(jnp.float32)
+
+
+def _segment_ids(batch: Batch) -> Array:
+    if "decoder_segment_ids" in batch:
+        return batch["decoder_segment_ids"]
+    return (batch["decoder_target_tokens"] > 0).astype(jnp.int32)
+
+
+def _sequence_weights(batch: Batch, weights: Array) -> Array:
+    """For each token, the total weight of the sequence that it is part of; `[B, L]`."""
+    segments = _segment_ids(batch)
+    same = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)
+    return jnp.einsum("bqk,bk->bq", same, weights)
+
+
+def _count_sequences(batch: Batch, weights: Array) -> Array:
+    """The number of sequences that have a token with weight."""
+    segments = jnp.where(weights > 0, _segment_ids(batch), 0)
+    first = jnp.concatenate([jnp.ones_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], 1)
+    return jnp.sum((segments > 0) & (first > 0)).astype(jnp.float32)
