@@ -1,0 +1,18 @@
+"""Weights of other people in, our own in and out: folders of safetensors, without torch.
+
+overrides, params = hub.load_base("checkpoints/mt5-small", dtype="bfloat16")
+network = t5.Transformer(t5.T5Config(**overrides, dtype="bfloat16"))
+"""
+
+from modjax.hub.base import load_base, load_config, save_base
+from modjax.hub.errors import HubError
+from modjax.hub.layers import stack_layers, unstack_layers
+
+__all__ = [
+    "HubError",
+    "load_base",
+    "load_config",
+    "save_base",
+    "stack_layers",
+    "unstack_layers",
+]

@@ -1,0 +1,298 @@
+"""Safetensors files: named arrays in and out, one tensor or one shard in memory at a time.
+
+A folder holds either `model.safetensors`, or shards `model-00001-of-00003.safetensors` and the
+index `model.safetensors.index.json` (`{"metadata": {"total_size": bytes}, "weight_map": {tensor:
+file}}`), as Hugging Face lays them out. Nothing here unpickles.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from modjax.errors import nearest
+from modjax.hub.errors import HubError, listed
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES: dict[str, Any] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_DEFAULT_SHARD_BYTES = 2_000_000_000
+_CHUNK_BYTES = 64_000_000
+
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".pkl")
+_CONVERT = """\
+Pickled weights can run code when they are read, so they are not read here. Convert them once, in \
+the same folder, with torch and safetensors installed, and keep config.json as it is:
+    import glob, safetensors.torch, torch
+    weights = {}
+    for name in glob.glob("pytorch_model*.bin"):
+        weights.update(torch.load(name, map_location="cpu", weights_only=True))
+    weights = {name: w.clone().contiguous() for name, w in weights.items()}
+    safetensors.torch.save_file(weights, "model.safetensors")"""
+
+
+class TensorFiles:
+    """The tensors of a folder by name. Opening reads headers only; each `read` reads one tensor.
+
+    Attributes:
+      directory: the folder.
+      shapes: tensor name -> shape, for every tensor in the files.
+      dtypes: tensor name -> numpy dtype of the file.
+
+    Raises (on opening):
+      HubError: no safetensors in the folder (with what to do about other formats), a missing or
+        truncated file, an index that does not fit its shards, or a tensor that is not floating
+        point.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self._file_of: dict[str, Any] = {}
+        weight_map = self._weight_map()
+        for file_name in sorted(set(weight_map.values())) or [SINGLE]:
+            self._open(file_name, weight_map)
+        absent = [name for name in weight_map if name not in self._file_of]
+        if absent:
+            where = listed(sorted({weight_map[name] for name in absent}))
+            raise HubError(
+                f"{self.directory / INDEX} lists tensors that {where} does not hold: "
+                f"{listed(absent)}."
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, C-contiguous, in the file's dtype."""
+        return self._file_of[name].get_tensor(name)
+
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor in slices along its first axis, of at most some 64 MB each."""
+        shape = self.shapes[name]
+        row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * self.dtypes[name].itemsize
+        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        part = self._file_of[name].get_slice(name)
+        for start in range(0, shape[0], step):
+            yield part[start : min(start + step, shape[0])]
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors are equal, value by value, without holding either whole."""
+        if self.shapes[name] != self.shapes[other]:
+            return False
+        pairs = zip(self.rows(name), self.rows(other), strict=False)
+        return all(np.array_equal(a, b) for a, b in pairs)
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor -> file by the index; empty where one file holds everything."""
+        if (self.directory / SINGLE).exists():
+            return {}
+        index = self.directory / INDEX
+        if not index.exists():
+            raise HubError(_no_weights(self.directory))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise HubError(f"{index}: no 'weight_map' of tensor names to file names.")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise HubError(f"{index}: {name!r} is not the name of a file in this folder.")
+        return weight_map
+
+    def _open(self, file_name: str, weight_map: Mapping[str, str]) -> None:
+        import safetensors
+
+        path = self.directory / file_name
+        if not path.exists():
+            needs = [name for name, at in weight_map.items() if at == file_name]
+            raise HubError(f"{path} is missing; {INDEX} says it holds {listed(needs)}.")
+        try:
+            opened = safetensors.safe_open(path, framework="np")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise HubError(
+                f"{path} cannot be read as safetensors: {error}. It holds {path.stat().st_size} "
+                "bytes; a file cut short by an interrupted download or copy looks like this: "
+                "fetch it again."
+            ) from error
+        for name in opened.keys():  # noqa: SIM118 (not a mapping)
+            if weight_map.get(name, file_name) != file_name:
+                continue
+            view = opened.get_slice(name)
+            if view.get_dtype() not in DTYPES:
+                raise HubError(
+                    f"{path}: tensor {name} has dtype {view.get_dtype()}; readable are "
+                    f"{', '.join(DTYPES)}. Quantised weights must be saved again in a floating "
+                    "point dtype."
+                )
+            self.shapes[name] = tuple(view.get_shape())
+            self.dtypes[name] = DTYPES[view.get_dtype()]
+            self._file_of[name] = opened
+
+
+def write_tensors(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = _DEFAULT_SHARD_BYTES,
+    last: Mapping[str, str] | None = None,
+) -> None:
+    """Writes arrays as one `model.safetensors`, or where that is too large as shards and an index.
+
+    All data is on disk under temporary names before a file of an earlier model in the folder is
+    touched, so a full disk leaves the earlier model whole. Then `last` (say, config.json) is
+    removed, files are renamed, and `last` is written at the end: a folder whose saving was cut
+    short has no `last` and cannot be mistaken for a model. In a job of several processes, call it
+    on one of them.
+
+    Args:
+      directory: created where it does not exist.
+      tensors: name -> array (numpy or jax), floating point; shapes are free.
+      dtype: float32, bfloat16, float16 or float64 to write in; None keeps each array's own.
+      max_shard_bytes: size of a file; a single larger tensor has a file of its own. One shard is
+        held in memory.
+      last: file name -> text, written after everything else.
+
+    Raises:
+      HubError: an unknown dtype, or a tensor that is not floating point.
+      OSError: the folder cannot be written or the disk is full.
+    """
+    target = None if dtype is None else float_dtype(dtype)
+    sizes = {}
+    for name, x in tensors.items():
+        if np.dtype(x.dtype) not in DTYPES.values():
+            raise HubError(
+                f"tensor {name} has dtype {x.dtype}; only floating point weights are written."
+            )
+        sizes[name] = int(x.size) * (target or np.dtype(x.dtype)).itemsize
+    shards = _shards(sizes, max_shard_bytes)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(shards) == 1:
+        files = {SINGLE: shards[0]}
+    else:
+        total = len(shards)
+        files = {f"model-{i + 1:05}-of-{total:05}.safetensors": s for i, s in enumerate(shards)}
+    with _Staging(folder) as staging:
+        for file_name, names in files.items():
+            staging.add(file_name, _shard_writer(tensors, names, target))
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in files.items() for name in sorted(names)}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            staging.add(INDEX, _text_writer(json.dumps(index, indent=2) + "\n"))
+        for file_name, text in (last or {}).items():
+            staging.add(file_name, _text_writer(text))
+        for file_name in last or {}:
+            (folder / file_name).unlink(missing_ok=True)
+        stale = [*folder.glob("model*.safetensors"), folder / INDEX]
+        for path in stale:
+            if path.name not in staging.names:
+                path.unlink(missing_ok=True)
+        staging.publish()
+
+
+def float_dtype(name: str) -> np.dtype:
+    """The numpy dtype of 'float32', 'bfloat16', 'float16' or 'float64'."""
+    known = {d.name: d for d in DTYPES.values()}
+    text = name if isinstance(name, str) else np.dtype(name).name
+    if text not in known:
+        raise HubError(f"unknown dtype {text!r} for weights." + nearest(text, known))
+    return known[text]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is a HubError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HubError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise HubError(f"{path} holds a {type(value).__name__}; a JSON object is expected.")
+    return value
+
+
+def explain_other_format(path: Path) -> str:
+    """What to say about a path to a file, where a folder is wanted."""
+    if path.suffix in _OTHER_WEIGHTS:
+        return f"{path} is not safetensors. {_CONVERT}"
+    return f"{path} is a file; give the folder that holds config.json and {SINGLE}."
+
+
+def _no_weights(directory: Path) -> str:
+    there = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
+    other = [name for name in there if name.endswith(_OTHER_WEIGHTS)]
+    if other:
+        return f"{directory} has no {SINGLE} but {listed(other)}. {_CONVERT}"
+    return f"{directory} has neither {SINGLE} nor {INDEX}; it holds: {listed(there) or 'nothing'}."
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut so that no shard exceeds `limit` bytes unless by a single tensor."""
+    if limit < 1:
+        raise HubError(f"max_shard_bytes must be at least 1, got {limit}.")
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _shard_writer(
+    tensors: Mapping[str, Any], names: list[str], dtype: np.dtype | None
+) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        import safetensors.numpy
+
+        # The library writes memory as it lies, so views (a transpose, a slice of a stack) are laid
+        # out first.
+        arrays = {n: np.array(tensors[n], dtype=dtype, order="C", copy=None) for n in names}
+        safetensors.numpy.save_file(arrays, path)
+
+    return write
+
+
+def _text_writer(text: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+class _Staging:
+    """Files under temporary names in a folder: renamed together, or removed where one failed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.names: dict[str, Path] = {}
+        self._tag = uuid.uuid4().hex[:8]
+
+    def __enter__(self) -> "_Staging":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for path in self.names.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def add(self, name: str, write: Callable[[Path], None]) -> None:
+        path = self.folder / f".{name}.{self._tag}.tmp"
+        self.names[name] = path
+        write(path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def publish(self) -> None:
+        for name, path in self.names.items():
+            os.replace(path, self.folder / name)
