@@ -76,7 +76,7 @@ def add_task(
 
 
 def check(examples: Examples, place: str) -> Examples:
-    """The examples; a RowError names the one whose input or target is empty, or says there is none."""
+    """The examples; a RowError if there is none, or names one whose input or target is empty."""
     if not examples:
         raise RowError(f"{place}: no examples.")
     for number, example in enumerate(examples, start=1):

@@ -1,7 +1,8 @@
 """Pretraining on plain text: give back what was cut out of it, or the whole of it.
 
 `fill` is span corruption (T5, arXiv 1910.10683; over bytes as in ByT5, arXiv 2105.13626): random
-spans are cut out, a sentinel marks each gap, and the target is the sentinels with what was cut.
+spans are cut out, a sentinel marks each gap, and the target is each sentinel with what was cut, and
+one more sentinel where the text goes on after the last gap.
 `restore` cuts in the same way and asks for the whole text (as BART, arXiv 1910.13461): a model that
 does nothing but fill gaps never learns to copy, and parses, tags and answers are mostly copies.
 """
@@ -38,14 +39,16 @@ def gaps(
     """Draws which of `length` tokens are cut: bool [length].
 
     Spans of random lengths that are at least 1 and `mean_span` on average, `density` of the tokens
-    in all. The text begins with a token that stays. Texts of one token keep it.
+    in all, at random places. What stays is one piece more than the spans, of which the last may be
+    empty: without it the only span of a short text would always be its end. The text begins with a
+    token that stays. Texts of one token keep it.
 
     Args:
       length: number of tokens.
       density: share of tokens to cut.
       mean_span: mean length of a span.
       most: how many spans there may be.
-      seed: int32 [2], for a stateless draw.
+      seed: int [2], for a stateless draw.
     """
     count = tf.cast(tf.round(tf.cast(length, tf.float32) * density), tf.int32)
     count = tf.clip_by_value(count, 1, tf.maximum(length - 1, 1))
@@ -53,9 +56,9 @@ def gaps(
     room = tf.minimum(tf.minimum(count, length - count), most)
     spans = tf.clip_by_value(spans, 1, tf.maximum(room, 1))
     cut = _random_lengths(count, spans, seed)
-    kept = _random_lengths(tf.maximum(length - count, 1), spans, seed + 1)
-    lengths = tf.reshape(tf.stack([kept, cut], axis=1), [-1])
-    return tf.cast(tf.repeat(tf.range(2 * spans) % 2, lengths), tf.bool)[:length]
+    kept = _random_lengths(tf.maximum(length - count, 1) + 1, spans + 1, seed + 1)
+    lengths = tf.reshape(tf.stack([kept, tf.concat([cut, [0]], axis=0)], axis=1), [-1])
+    return tf.cast(tf.repeat(tf.range(2 * spans + 2) % 2, lengths), tf.bool)[:length]
 
 
 def _random_lengths(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -71,13 +74,13 @@ def _preprocessor(
 ) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
     prompt_ids = vocabulary.encode(prompt)
     top, most = vocabulary.vocab_size - 1, vocabulary.extra_ids
-    if most < 1:
+    if most < 2:
         raise ValueError("Cutting spans needs a vocabulary with extra_ids: they mark the gaps.")
 
     @seqio.map_over_dataset(num_seeds=1)
     def corrupt(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
         tokens = tf.cast(example["targets"], tf.int32)
-        cut = gaps(tf.size(tokens), density, mean_span, most, seed)
+        cut = gaps(tf.size(tokens), density, mean_span, most - 1, tf.stack(seed))
         inputs = _with_sentinels(tokens, cut, top)
         targets = tokens if whole else _with_sentinels(tokens, tf.logical_not(cut), top)
         return {**example, "inputs": tf.concat([prompt_ids, inputs], axis=0), "targets": targets}

@@ -232,15 +232,14 @@ def _word(place: str, line: str) -> tuple[str, str] | None:
 def _question(path: str, entry: Mapping[str, Any], context: str) -> Question:
     name = str(entry["id"])
     place = f"{path}, question {name}"
-    answer = entry["answers"][0] if entry["answers"] else {"text": "", "answer_start": 0}
-    text, start = answer["text"], int(answer["answer_start"])
     question = files.squeeze(entry["question"])
-    if not question or not text.strip():
+    if not question or not entry["answers"] or not entry["answers"][0]["text"].strip():
         raise files.RowError(f"{place}: the question or its answer is empty.")
-    if context[start : start + len(text)] != text:
+    text, start = entry["answers"][0]["text"], int(entry["answers"][0]["answer_start"])
+    there = context[start : start + len(text)]
+    if there != text:
         raise files.RowError(
-            f"{place}: at character {start} the context has {context[start : start + len(text)]!r}, "
-            f"not the answer {text!r}."
+            f"{place}: at character {start} the context has {there!r}, not the answer {text!r}."
         )
     start += len(text) - len(text.lstrip())
     return Question(name, question, context, text.strip(), start)

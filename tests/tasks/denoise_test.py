@@ -1,0 +1,74 @@
+"""Cutting spans: what is cut and what is kept together are the text."""
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from tasks import byte_tasks, denoise
+
+TOP = byte_tasks.VOCABULARY.vocab_size - 1
+TEXT = "the quick brown fox jumps over the lazy dog and sleeps until the morning"
+
+
+def lessons(make, texts, seed=7):
+    encoded = [byte_tasks.VOCABULARY.encode(t) for t in texts]
+    data = tf.data.Dataset.from_generator(
+        lambda: ({"inputs": t, "targets": t} for t in encoded),
+        output_signature=dict.fromkeys(("inputs", "targets"), tf.TensorSpec([None], tf.int32)),
+    )
+    with seqio.utils.map_seed_manager(seed):
+        data = make(byte_tasks.VOCABULARY)(data)
+    return [(list(e["inputs"]), list(e["targets"])) for e in data.as_numpy_iterator()]
+
+
+def without_prompt(ids, prompt):
+    prompt_ids = byte_tasks.VOCABULARY.encode(prompt)
+    assert ids[: len(prompt_ids)] == prompt_ids
+    return ids[len(prompt_ids) :]
+
+
+@pytest.mark.parametrize("texts", [[TEXT] * 20, ["ab", "नमस्ते दुनिया" * 4, TEXT[:17]]])
+def test_filling_the_gaps_gives_the_text_back(texts):
+    for text, (inputs, targets) in zip(texts, lessons(denoise.fill, texts), strict=True):
+        filled, gap = [], {}
+        for token in targets:
+            if token > 258:
+                gap[token] = []
+                current = gap[token]
+            else:
+                current.append(token)
+        for token in without_prompt(inputs, "fill: "):
+            filled += gap[token] if token > 258 else [token]
+        assert byte_tasks.VOCABULARY.decode(filled) == text
+        assert list(gap) == [TOP - i for i in range(len(gap))]
+        assert all(gap[token] for token in inputs if token > 258), "no gap is empty"
+
+
+def test_restore_asks_for_the_whole_text_from_one_with_gaps():
+    for inputs, targets in lessons(denoise.restore, [TEXT] * 5):
+        assert byte_tasks.VOCABULARY.decode(targets) == TEXT
+        kept = without_prompt(inputs, "restore: ")
+        assert max(kept) == TOP and len(kept) < len(TEXT)
+
+
+def test_same_seed_same_gaps_and_other_examples_other_gaps():
+    first, again = (lessons(denoise.fill, [TEXT] * 8) for _ in range(2))
+    assert first == again
+    assert len({tuple(i) for i, _ in first}) > 1
+    assert lessons(denoise.fill, [TEXT] * 8, seed=8) != first
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 50, 381])
+def test_share_and_number_of_gaps_are_as_asked(length):
+    for seed in range(5):
+        cut = denoise.gaps(length, 0.2, 6.0, 4, tf.constant([seed, 1])).numpy()
+        assert cut.shape == (length,) and not cut[0]
+        assert cut.sum() == (min(max(round(0.2 * length), 1), length - 1))
+        runs = int(np.sum(cut[1:] & ~cut[:-1]))
+        assert runs == min(max(round(cut.sum() / 6), 1), 4, cut.sum())
+
+
+def test_a_vocabulary_without_spare_ids_is_refused():
+    with pytest.raises(ValueError, match="extra_ids"):
+        denoise.fill(seqio.ByteVocabulary())
