@@ -4,7 +4,16 @@ from modjax.adapters.adapted import Adapted as Adapted
 from modjax.adapters.adapted import Mixture as Mixture
 from modjax.adapters.adapted import Rule as Rule
 from modjax.adapters.adapted import RuleError as RuleError
+from modjax.adapters.compose import compose as compose
+from modjax.adapters.compose import merge as merge
 from modjax.adapters.modules import LowRank as LowRank
 from modjax.adapters.routers import Features as Features
 from modjax.adapters.routers import Mix as Mix
 from modjax.adapters.routers import Single as Single
+from modjax.adapters.trees import describe_method as describe_method
+from modjax.adapters.trees import extend as extend
+from modjax.adapters.trees import join as join
+from modjax.adapters.trees import logical_axes as logical_axes
+from modjax.adapters.trees import split as split
+from modjax.adapters.trees import table as table
+from modjax.adapters.trees import update_rates as update_rates

@@ -50,7 +50,7 @@ class Gates:
 
 
 def choose_form(num_columns: int, active_columns: int, batch: int, length: int) -> str:
-    """"dense" or "gathered", whichever is expected to take less time for one low-rank bank.
+    """ "dense" or "gathered", whichever is expected to take less time for one low-rank bank.
 
     The dense form multiplies every token with all `num_columns`; the gathered form multiplies with the row's
     `active_columns` only, but first copies those columns for each row of the batch, and adds their gradients back.

@@ -84,9 +84,7 @@ class Single:
         del space
         return (ModuleName("all"),)
 
-    def route(
-        self, mix: Mix, space: FeatureSpace | None, make_rng: Callable[[], Array]
-    ) -> Routing:
+    def route(self, mix: Mix, space: FeatureSpace | None, make_rng: Callable[[], Array]) -> Routing:
         """Full weight on the one module, for every example."""
         del mix, space, make_rng
         return Routing(jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1, 1)), ((0, 1),))
@@ -176,9 +174,7 @@ class Features:
             start = stop
         return slots
 
-    def route(
-        self, mix: Mix, space: FeatureSpace | None, make_rng: Callable[[], Array]
-    ) -> Routing:
+    def route(self, mix: Mix, space: FeatureSpace | None, make_rng: Callable[[], Array]) -> Routing:
         """One active module for each feature value of an example, weights 1, or 0 where dropped."""
         self._names(space)
         assert space is not None
