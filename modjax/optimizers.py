@@ -31,6 +31,7 @@ def schedule(
     decay: str = "constant",
     total_steps: int | None = None,
     final: float = 0.0,
+    hold: float = 0,
 ) -> Schedule:
     """A learning rate as a function of the step (0-based): linear warm-up from 0 to `peak`, then a decay.
 
@@ -40,6 +41,8 @@ def schedule(
       decay: "constant"; "linear" or "cosine" to `final` at `total_steps`; "rsqrt", peak * sqrt(warmup / step).
       total_steps: steps of the whole run; needed by "linear", "cosine" and a warm-up given as a share.
       final: the rate at `total_steps`.
+      hold: until when, warm-up included, the rate stays at `peak` before a linear or cosine decay; a number below 1 is
+        a share of `total_steps`. While it lasts, the length of the run can still be changed.
 
     Raises:
       ValueError: an unknown decay, a missing `total_steps`, or a warm-up longer than the run.
@@ -54,12 +57,13 @@ def schedule(
     steps = round(warmup * (total_steps or 0)) if 0 < warmup < 1 else int(warmup)
     if steps < 0 or (total_steps is not None and needs_total and steps > total_steps):
         raise ValueError(f"the warm-up of {steps} steps does not fit in {total_steps} steps")
-    span = max((total_steps or 0) - steps, 1)
+    start = max(steps, hold * (total_steps or 0) if 0 < hold < 1 else hold)
+    span = max((total_steps or 0) - start, 1)
 
     def rate(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         value = jnp.full_like(step, peak)
-        done = jnp.clip((step - steps) / span, 0.0, 1.0)
+        done = jnp.clip((step - start) / span, 0.0, 1.0)
         if decay == "linear":
             value = peak + (final - peak) * done
         elif decay == "cosine":
