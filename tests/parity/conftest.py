@@ -1,4 +1,4 @@
-"""Tiny random T5s of transformers, saved to a folder: what the parity tests load and compare with."""
+"""Tiny random T5s of transformers, saved to a folder: what the parity tests compare with."""
 
 import pytest
 
@@ -19,7 +19,11 @@ VARIANTS = {
     "t5_1_1_tied": ("T5", dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False), False),
     "mt5": ("MT5", dict(), True),
     "mt5_tied": ("MT5", dict(), False),
-    "byt5": ("T5", dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=4), True),
+    "byt5": (
+        "T5",
+        dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=4),
+        True,
+    ),
     "umt5": ("UMT5", dict(), True),
     "umt5_tied": ("UMT5", dict(), False),
 }
@@ -43,7 +47,7 @@ def hf_t5(tmp_path_factory):
                 model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
                 model.all_tied_weights_keys.pop("lm_head.weight", None)
             for name, weight in model.named_parameters():
-                # Away from the initial values: norms are ones, and logits of a fresh T5 hardly vary.
+                # Away from the initial values: norms are ones, logits hardly vary.
                 if "layer_norm" in name:
                     torch.nn.init.uniform_(weight, 0.5, 1.5)
                 elif "relative_attention_bias" in name:

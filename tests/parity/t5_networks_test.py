@@ -35,9 +35,7 @@ def _theirs(model, inputs, shifted, targets):
 @pytest.mark.parametrize(
     "variant, scan_layers", [(v, False) for v in VARIANTS] + [(v, True) for v in SCANNED]
 )
-def test_encoder_output_and_logits_equal_transformers_under_padding(
-    hf_t5, variant, scan_layers
-):
+def test_encoder_output_and_logits_equal_transformers_under_padding(hf_t5, variant, scan_layers):
     model, folder = hf_t5(variant)
     # 150 tokens reach the last position bucket, which holds distances of 128 and more.
     inputs = _padded(1, [150, 9, 73], 150)
