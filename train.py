@@ -14,7 +14,7 @@ import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,13 +36,14 @@ def train(
     optimizer: optimizers.Optimizer,
     base: str,
     *,
+    method: str = "",
     mixture_or_task_module: str | Sequence[str] | None = None,
     initial_checkpoint_path: str | None = None,
     random_seed: int = 0,
     use_cached_tasks: bool = False,
     features: Sequence[str] | None = None,
     pack: bool = True,
-    max_segments: int = 16,
+    max_segments: int | None = None,
     on_too_long: str = "count",
     base_dtype: str | None = None,
     microbatches: int = 1,
@@ -56,7 +57,7 @@ def train(
     eval_split: str = "validation",
     tensorboard: bool = True,
     export_dir: str | None = None,
-    operative_config: str = "",
+    operative_config: Callable[[], str] = str,
 ) -> TrainState:
     """Trains, and returns the last state. The gin files in gin_configs/runs say what the arguments default to.
 
@@ -68,11 +69,12 @@ def train(
       train_steps: steps in all; a resumed run does what is left of them.
       model_dir: checkpoints, logs and configuration are written here.
       optimizer: what trains, by which algorithm.
+      method: the name that results are reported under, as that of its gin file.
       base: a folder of weights (see `modjax.hub`), or "random" to start from random weights.
       initial_checkpoint_path: a checkpoint, or a MODEL_DIR, of the same method, whose trained parameters this run starts
         from (at step 0), unless MODEL_DIR has a checkpoint of its own.
       features: which of the tasks' features the feature space has; all of them if None.
-      pack: several examples to a row, at most `max_segments`.
+      pack: several examples to a row, at most `max_segments` (a bound from the lengths if None).
       on_too_long: "count" cuts and counts examples longer than the limit, "error" refuses them.
       base_dtype: precision that the frozen base is kept in, None for that of its files.
       microbatches: parts that a batch is computed in, one after the other.
@@ -80,9 +82,9 @@ def train(
       eval_period, eval_steps: every so many steps, loss and accuracy on so many batches of each task of `eval_mixture`
         (default: the mixture trained on) and `eval_split`; 0 for never.
       export_dir: where the base is written at the end, if all of it was trained.
-      operative_config: text to keep with the checkpoints and as MODEL_DIR/config.gin.
+      operative_config: gives the text that is kept with the checkpoints and as MODEL_DIR/config.gin.
     """
-    from modjax.data import pipeline, registry
+    from modjax.data import converters, pipeline, registry
 
     first = jax.process_index() == 0
     launch.import_tasks(mixture_or_task_module)
@@ -101,6 +103,8 @@ def train(
     model = model.with_space(space)
 
     # Shapes first: rules, groups and sizes that do not fit are found before anything is read or computed.
+    if pack and max_segments is None:
+        max_segments = converters.default_max_segments(task_feature_lengths)
     batch = initialize.example_batch(task_feature_lengths, space, max_segments if pack else None)
     layout = initialize.layout(model, batch, optimizer.groups)
     _check_vocabulary(registry, mixture_or_task_name, model)
@@ -126,7 +130,8 @@ def train(
         "space": space.to_json(),
         "base": checkpoints.fingerprint(frozen),
         "mixture": mixture_or_task_name,
-        "gin": operative_config,
+        "name": method,
+        "gin": operative_config(),
     }
     frozen = initialize.to_dtype(frozen, base_dtype)
     if stored is not None and not own:
@@ -155,7 +160,7 @@ def train(
         start = own[-1]
         state = checkpointer.restore(start, state, iterator)
     if first:
-        _describe(model_dir, model, layout, operative_config)
+        _describe(model_dir, model, layout, metadata["gin"])
 
     writer = logging.MetricWriter(
         os.path.join(model_dir, "train"), first, tensorboard, start if own else None
@@ -215,9 +220,7 @@ def train(
     return state
 
 
-def _feature_space(
-    registry: Any, mixture: str, features: Sequence[str] | None
-) -> FeatureSpace:
+def _feature_space(registry: Any, mixture: str, features: Sequence[str] | None) -> FeatureSpace:
     """The mixture's feature space; without features where no task has any, as in pretraining."""
     tasks = registry.tasks_of(mixture)
     if features is None and not any(registry.has_metadata(task) for task in tasks):
@@ -227,8 +230,11 @@ def _feature_space(
 
 def _check_vocabulary(registry: Any, mixture: str, model: Any) -> None:
     rows = getattr(getattr(model.network, "config", None), "vocab_size", None)
+    import seqio
+
     for task in registry.tasks_of(mixture):
-        size = registry.vocabulary_size(task)
+        outputs = seqio.get_mixture_or_task(task).output_features
+        size = max(outputs[name].vocabulary.vocab_size for name in ("inputs", "targets"))
         if rows is not None and size > rows:
             raise ValueError(
                 f"the vocabulary of task {task!r} has {size} tokens, the base {rows} embeddings: train with the "
@@ -243,7 +249,11 @@ def _added(trained: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _start_from(
-    path: Any, metadata: Mapping[str, Any], fresh: Any, stored: Mapping[str, Any], space: FeatureSpace
+    path: Any,
+    metadata: Mapping[str, Any],
+    fresh: Any,
+    stored: Mapping[str, Any],
+    space: FeatureSpace,
 ) -> Any:
     """The trained parameters of another checkpoint, widened where this run's feature space has more values."""
     where = checkpoints.locate(path)
@@ -302,8 +312,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         flags = launch.parse_flags(argv, "Trains a model; see gin_configs/runs.")
         launch.start_processes(flags)
-        launch.load_gin(flags)
-        gin.get_configurable(train)(operative_config=gin.config_str())
+        launch.load_gin(flags, "train")
+        gin.get_configurable(train)(operative_config=gin.operative_config_str)
     except (launch.ConfigError, checkpoints.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

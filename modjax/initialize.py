@@ -67,9 +67,7 @@ def example_batch(
     return batch
 
 
-def layout(
-    model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Group] = ()
-) -> Layout:
+def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Group] = ()) -> Layout:
     """The shapes of a model's parameters, divided by the optimizer's groups; computes nothing.
 
     Raises:

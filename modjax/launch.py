@@ -8,11 +8,12 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import modjax
@@ -27,12 +28,13 @@ _IMPORTS = {
     "t5": "from modjax.networks import t5",
 }
 _HINTS = {
-    "MODEL": "a file of gin_configs/bases sets it",
-    "NETWORK": "a file of gin_configs/bases sets it",
-    "MODULE": "a file of gin_configs/methods sets it",
-    "OPTIMIZER": "a file of gin_configs/runs sets it",
-    "TRAIN_STEPS": "a file of gin_configs/runs sets it",
-    "DROPOUT_RATE": "a file of gin_configs/runs sets it",
+    "MODEL": "bases",
+    "NETWORK": "bases",
+    "MODULE": "methods",
+    "METHOD": "methods",
+    "OPTIMIZER": "runs",
+    "TRAIN_STEPS": "runs",
+    "DROPOUT_RATE": "runs",
 }
 CONFIGS = pathlib.Path(modjax.__file__).resolve().parent.parent / "gin_configs"
 
@@ -72,7 +74,9 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     parser.add_argument("--coordinator_address", help="HOST:PORT of process 0")
     parser.add_argument("--process_count", type=int)
     parser.add_argument("--process_index", type=int)
-    parser.epilog = "--gin.NAME=VALUE sets a macro or a parameter; VALUE is Python ('text' in quotes)."
+    parser.epilog = (
+        "--gin.NAME=VALUE sets a macro or a parameter; VALUE is Python ('text' in quotes)."
+    )
     args, rest = parser.parse_known_args(argv)
     bindings = []
     known = [action.option_strings[-1] for action in parser._actions] + ["--gin.NAME=VALUE"]
@@ -113,8 +117,12 @@ def start_processes(flags: Flags) -> None:
     )
 
 
-def load_gin(flags: Flags) -> None:
+def load_gin(flags: Flags, entry: str) -> None:
     """Parses the gin files in order and then the bindings, and checks the whole before anything runs.
+
+    Args:
+      flags: the command line.
+      entry: the entry point's module, "train" or "eval", which bindings may name.
 
     Raises:
       ConfigError: a missing file, a name or parameter that does not exist, a macro that is used and not set, required and
@@ -125,9 +133,14 @@ def load_gin(flags: Flags) -> None:
     gin.clear_config(clear_constants=True)
     folders = [os.getcwd(), *flags.search_paths, str(CONFIGS)]
     for folder in folders[1:]:
-        gin.add_config_file_search_path(folder)
+        if folder not in gin.config._LOCATION_PREFIXES:
+            gin.add_config_file_search_path(folder)
     files = [_find(name, folders) for name in flags.gin_files]
-    bindings = ["from __gin__ import dynamic_registration", *_IMPORTS.values(), *flags.bindings]
+    imports = {entry: f"import {entry}", **_IMPORTS}
+    bindings = ["from __gin__ import dynamic_registration", *imports.values(), *flags.bindings]
+    # gin reports each folder in which an included file does not lie; whether it lies nowhere, the exception says.
+    root = logging.getLogger()
+    root.addFilter(_is_not_path_miss)
     try:
         gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
         _check_macros(gin)
@@ -135,7 +148,13 @@ def load_gin(flags: Flags) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(_explain(gin, error, folders)) from error
+        raise ConfigError(_explain(error, folders, imports, bindings)) from error
+    finally:
+        root.removeFilter(_is_not_path_miss)
+
+
+def _is_not_path_miss(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Path not found")
 
 
 def _find(name: str, folders: Iterable[str]) -> str:
@@ -164,7 +183,7 @@ def _check_macros(gin: Any) -> None:
         if reference.selector == selector
     }
     for name in sorted(used - set(given)):
-        hint = f" ({_HINTS[name]})" if name in _HINTS else ""
+        hint = f" (a file of gin_configs/{_HINTS[name]} sets it)" if name in _HINTS else ""
         raise ConfigError(f"the macro {name} is used but not set{hint}.{nearest(name, given)}")
     for name in sorted(set(given) - used):
         raise ConfigError(
@@ -176,36 +195,50 @@ def _check_macros(gin: Any) -> None:
             raise ConfigError(f"{name} must be set: --gin.{name}=VALUE")
 
 
-def _explain(gin: Any, error: Exception, folders: Sequence[str]) -> str:
+def _explain(
+    error: Exception, folders: Sequence[str], imports: Mapping[str, str], bindings: Sequence[str]
+) -> str:
     """gin's message, with the nearest known name where one is unknown."""
     text = str(error)
-    place = re.search(r"In (file|bindings string).*", text)
-    where = f" ({place[0].strip()})" if place else ""
+    place = re.search(r"In (file|bindings string)[^\n]*", text)
+    where = f" ({place[0].strip()})" if place and place[1] == "file" else ""
     if match := re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
-        target = gin.get_configurable(match[1])
-        known = [name for name in inspect.signature(target).parameters if name != "self"]
+        target = _modules(imports).get(match[1].partition(".")[0])
+        for name in match[1].split(".")[1:]:
+            target = getattr(target, name, None)
+        known = list(inspect.signature(target).parameters) if callable(target) else []
         return f"{match[1]} has no parameter {match[2]!r}{where}.{nearest(match[2], known)}"
-    if match := re.search(r"No configurable matching '([^']+)'", text):
-        return f"{match[1]!r} does not exist{where}.{nearest(match[1], _configurables(), 8)}"
+    if match := re.search(r"(?:No configurable matching '|resolve selector )([\w./]+)", text):
+        return f"{match[1]!r} does not exist{where}.{nearest(match[1], _names(imports), 8)}"
+    if match := re.search(r"'([^']+)' was not provided by an import statement", text):
+        return f"{match[1]!r} is not imported{where}.{nearest(match[1], imports)}"
     if match := re.search(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", text):
         return f"{match[1]} must be set: --gin.{match[1]}=VALUE"
     if match := re.search(r"Unable to open file: (\S+?)\.? ", text + " "):
         return f"an included gin file is missing: {match[1]}, looked for in {', '.join(folders)}"
+    if match := re.fullmatch(r"(.*) \(line (\d+)\)", text):
+        return f"{match[1]} In the binding: {bindings[int(match[2]) - 1]}"
     return f"{type(error).__name__} in the gin configuration: {text}"
 
 
-def _configurables() -> list[str]:
+def _modules(imports: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
+    for alias, line in imports.items():
+        name = line.removeprefix("import ").removeprefix("from ").replace(" import ", ".")
+        found[alias] = importlib.import_module(name)
+    return found
+
+
+def _names(imports: Mapping[str, str]) -> list[str]:
     """The names that bindings can be about, as written after the standard imports."""
-    names = []
-    for alias, line in _IMPORTS.items():
-        module = importlib.import_module(
-            line.removeprefix("from ").replace(" import ", ".")
-        )
-        for name, value in vars(module).items():
-            if callable(value) and str(getattr(value, "__module__", "")).startswith("modjax"):
-                if not name.startswith("_"):
-                    names.append(f"{alias}.{name}")
-    return names
+    return [
+        f"{alias}.{name}"
+        for alias, module in _modules(imports).items()
+        for name, value in vars(module).items()
+        if callable(value)
+        and not name.startswith("_")
+        and str(getattr(value, "__module__", "")).startswith(("modjax", alias))
+    ]
 
 
 def import_tasks(modules: str | Sequence[str] | None) -> None:

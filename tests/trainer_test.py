@@ -1,0 +1,242 @@
+"""The training step and loop, on a network small enough to see through."""
+
+import dataclasses
+import os
+import signal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modjax import optimizers, partitioning, trainer
+
+
+class Tower(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(16, name="base")(x)
+        x = nn.Dropout(0.5 if train else 0.0, deterministic=not train)(x)
+        return nn.Dense(4, name="adapter")(nn.relu(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Regression with per-row weights: the loss is a sum, or a mean per weight."""
+
+    mean: bool = True
+    dropout: bool = False
+
+    def init(self, rng):
+        return Tower().init(rng, jnp.zeros((1, 8)), False)["params"]
+
+    def loss_sums(self, params, batch, rng):
+        train = self.dropout and rng is not None
+        rngs = {"dropout": rng} if train else None
+        out = Tower().apply({"params": params}, batch["x"], train, rngs=rngs)
+        loss = jnp.sum(jnp.square(out - batch["y"]).sum(-1) * batch["w"])
+        weight = batch["w"].sum()
+        return loss, {"loss": loss, "weight": weight, "correct": weight * 0}
+
+    def denominator(self, sums):
+        return sums["weight"] if self.mean else jnp.float32(1)
+
+
+class Batches:
+    """An endless input whose position can be saved."""
+
+    def __init__(self, rows=16, bad_at=None):
+        self.rows, self.position, self.bad_at = rows, 0, bad_at
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        draw = np.random.default_rng(self.position)
+        self.position += 1
+        x = draw.normal(size=(self.rows, 8)).astype(np.float32)
+        if self.position == self.bad_at:
+            x[3, 2] = np.nan
+        y = np.abs(x[:, :4]).astype(np.float32)
+        return {"x": x, "y": y, "w": draw.integers(0, 5, self.rows).astype(np.float32)}
+
+    def save(self, directory):
+        np.save(os.path.join(directory, "position.npy"), self.position)
+
+    def restore(self, directory):
+        self.position = int(np.load(os.path.join(directory, "position.npy")))
+
+
+def make(model=None, devices=None, model_parallel=1, microbatches=1, rate=1e-2, axes=None):
+    model = Model() if model is None else model
+    mesh = partitioning.make_mesh(model_parallel, jax.devices()[:1] if devices is None else devices)
+    optimizer = optimizers.Optimizer(
+        learning_rate=rate,
+        groups=(optimizers.Group("adapter/.*"), optimizers.Group(".*", train=False)),
+    )
+    params = model.init(jax.random.key(0))
+    trained, frozen = optimizers.select(params, optimizer.groups)
+    made = trainer.Trainer(model, optimizer, mesh, trained, frozen, axes, microbatches)
+    state = made.init_state(trained, seed=1)
+    return made, state, partitioning.place(frozen, made.frozen_sharding), params
+
+
+def run(steps=3, batches=None, **options):
+    made, state, frozen, params = make(**options)
+    state, _ = trainer.fit(made, state, frozen, batches or Batches(), steps)
+    return jax.device_get(state.trained), frozen, params
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def test_only_the_trained_part_changes_and_only_it_has_optimizer_state():
+    made, state, frozen, params = make()
+    mirrored = [x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert sorted(mirrored) == sorted([(16, 4), (4,)] * 2)
+    state, _ = trainer.fit(made, state, frozen, Batches(), 3)
+    assert_trees_close(frozen["base"], params["base"], rtol=0)
+    moved = np.abs(np.asarray(state.trained["adapter"]["kernel"] - params["adapter"]["kernel"]))
+    assert moved.min() > 0
+
+
+def test_no_gradient_is_computed_for_the_frozen_part():
+    made, state, frozen, _ = make()
+    batch = partitioning.place_batch(next(Batches()), made.mesh)
+    text = str(jax.make_jaxpr(made.train_step)(state, frozen, batch, jnp.zeros(1, jnp.int32)))
+    assert "f32[16,4]" in text  # the adapter's gradient
+    # The base's gradient would be x^T g, a product with the shape of its kernel.
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and not any(":f32[8,16]" in line.split("=")[0] for line in products)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_microbatches_give_the_update_of_the_one_big_batch(mean):
+    whole, _, _ = run(model=Model(mean=mean))
+    parts, _, _ = run(model=Model(mean=mean), microbatches=4)
+    assert_trees_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_eight_devices_give_the_update_of_one():
+    devices = jax.devices()
+    assert len(devices) == 8, "conftest asks for 8 simulated devices"
+    axes = {
+        "base/kernel": ("embed", "mlp"),
+        "adapter/kernel": ("mlp", "embed"),
+        "adapter/bias": ("embed",),
+    }
+    one, _, _ = run()
+    many, frozen, _ = run(devices=devices, model_parallel=2, microbatches=2, axes=axes)
+    assert frozen["base"]["kernel"].sharding.spec == jax.P(None, "model")
+    assert_trees_close(many, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_moves_nothing_between_host_and_device():
+    made, state, frozen, _ = make()
+    state, _ = trainer.fit(made, state, frozen, Batches(), 1)  # compiles
+    step_of = made.train_step
+
+    def guarded(*args):
+        with jax.transfer_guard("disallow"):
+            return step_of(*args)
+
+    made.train_step = guarded
+    state, step = trainer.fit(made, state, frozen, Batches(), 4, log_every=1, log=lambda *_: 0)
+    assert step == 4
+    with pytest.raises(Exception, match="Disallowed host-to-device"):
+        guarded(state, frozen, next(Batches()), np.zeros(1, np.int32))
+
+
+def test_the_state_is_donated():
+    made, state, frozen, _ = make()
+    trainer.fit(made, state, frozen, Batches(), 1)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
+
+
+def test_dropout_of_a_step_depends_on_the_seed_and_the_step_alone():
+    model = Model(dropout=True)
+    made, state, frozen, _ = make(model)
+    batches = Batches()
+    state, _ = trainer.fit(made, state, frozen, batches, 2)
+    kept = jax.device_get(state)
+    whole, _ = trainer.fit(made, state, frozen, batches, 4)
+    state = partitioning.place(kept, made.state_sharding)
+    batches = Batches()
+    batches.position = 2
+    again, _ = trainer.fit(made, state, frozen, batches, 4)
+    assert_trees_close(jax.device_get(again.trained), jax.device_get(whole.trained), rtol=0)
+
+
+@pytest.mark.parametrize("bad_at", [1, 3, 9])
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_at_which_step(bad_at):
+    made, state, frozen, _ = make()
+    saved = []
+    with pytest.raises(trainer.NonFiniteLossError, match=f"not finite at step {bad_at};") as error:
+        trainer.fit(
+            made,
+            state,
+            frozen,
+            Batches(bad_at=bad_at),
+            12,
+            save_every=1,
+            save=lambda step, _: saved.append(step),
+        )
+    assert error.value.step == bad_at
+    assert saved == list(range(1, bad_at))
+
+
+def test_log_lines_sum_exactly_the_steps_since_the_last_one():
+    lines = []
+    made, state, frozen, _ = make()
+    trainer.fit(
+        made, state, frozen, Batches(), 7, log_every=3, log=lambda *line: lines.append(line)
+    )
+    batches = Batches()
+    weights = [float(next(batches)["w"].sum()) for _ in range(6)]
+    assert [(step, sums["steps"], sums["weight"]) for step, sums in lines] == [
+        (3, 3, sum(weights[:3])),
+        (6, 3, sum(weights[3:])),
+    ]
+
+
+def test_an_input_that_ends_too_early_is_an_error():
+    made, state, frozen, _ = make()
+    with pytest.raises(ValueError, match="input ended at step 2 of 5"):
+        trainer.fit(made, state, frozen, iter([next(Batches()), next(Batches())]), 5)
+
+
+def test_a_signal_saves_and_stops_after_the_step_it_came_in():
+    made, state, frozen, _ = make()
+    saved = []
+
+    class Interrupted(Batches):
+        def __next__(self):
+            if self.position == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with trainer.StopSignal() as stop:
+        state, step = trainer.fit(
+            made,
+            state,
+            frozen,
+            Interrupted(),
+            100,
+            save_every=3,
+            save=lambda step, _: saved.append(step),
+            stop=stop,
+        )
+    assert (step, saved, stop.received) == (5, [3, 5], "SIGTERM")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_evaluation_sums_over_batches_without_dropout():
+    made, state, frozen, params = make(Model(dropout=True))
+    batches = Batches()
+    rows = [next(batches) for _ in range(3)]
+    sums = made.evaluate(state, frozen, rows)
+    expected = sum(float(Model().loss_sums(params, row, None)[0]) for row in rows)
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
