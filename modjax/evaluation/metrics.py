@@ -53,14 +53,14 @@ def alternatives(target: Target) -> tuple[str, ...]:
 def exact_match(
     targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
 ) -> Score:
-    """Share of predictions equal to the target, white space at both ends left out."""
+    """Share of predictions equal to the target (white space at both ends does not count)."""
     return _mean_of(targets, predictions, lambda t, p: t.strip() == p.strip())
 
 
 def inexact_match(
     targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
 ) -> Score:
-    """Share of parses that say the same as the target.
+    """Share of parses equal to the target but for the form of slot text and the order of siblings.
 
     That is the same tree after Unicode (NFKC), case, white space and punctuation are normalised in
     slot text, siblings in any order. A malformed prediction is wrong.
@@ -88,14 +88,20 @@ def structure_match(
 def malformed(
     targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
 ) -> Score:
-    """Share of predictions that are no bracketed parse (lower is better); see `parses.read`."""
+    """Share of predictions that are no bracketed parse.
+
+    Lower is better. What can be read is said in `parses.read`.
+    """
     return _mean_of(targets, predictions, lambda _, p: isinstance(parses.read(p), parses.Malformed))
 
 
 def qa_exact_match(
     targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
 ) -> Score:
-    """Share of answers with the words of a gold answer, in order, after `text.answer_words`."""
+    """Share of answers with the words of a gold answer, in order.
+
+    Words as in `text.answer_words`: case, punctuation and the language's articles do not count.
+    """
     words = _answer_reader(language)
     return _mean_of(targets, predictions, lambda t, p: words(t) == words(p))
 
@@ -120,9 +126,10 @@ def token_f1(
 def tag_accuracy(
     targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
 ) -> Score:
-    """Share of tags (see `tags`) that are right, compared place by place, pooled over all examples.
+    """Share of tags that are right, compared place by place, pooled over all examples.
 
-    A missing tag and one too many are both errors: the total is the longer of the two sequences.
+    For the text form of tags see `tags`. A missing tag and one too many are both errors: the total
+    is the longer of the two sequences.
 
     Raises:
       ValueError: a target has several alternatives.
@@ -140,10 +147,10 @@ def tag_accuracy(
 def span_f1(
     targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
 ) -> Score:
-    """F1 of labelled spans (see `tags`), counts pooled over all examples.
+    """F1 of labelled spans, counts pooled over all examples.
 
-    A span is (label, first, last word), as CoNLL's scorer reads them: an `I-X` after something else
-    begins a span. A prediction of another length keeps its positions.
+    For the text form see `tags`. A span is (label, first, last word), as CoNLL's scorer reads them:
+    an `I-X` after something else begins a span. A prediction of another length keeps its positions.
 
     Raises:
       ValueError: a target has several alternatives.

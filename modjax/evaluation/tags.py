@@ -1,8 +1,8 @@
 """Tags and labelled spans: the text form of tagging targets, and what is read from it.
 
 The form is items separated by white space, one per word of the input, each `TAG` or `word|TAG`
-(what follows the last `|` is the tag). Spans in it are read as `B-X I-X O`, with `E-`/`L-` (last) and
-`S-`/`U-` (single) where they occur; a bare label counts as inside.
+(what follows the last `|` is the tag). Spans in it are read as `B-X I-X O`, with `E-`/`L-` (last)
+and `S-`/`U-` (single) where they occur; a bare label counts as inside.
 """
 
 import re

@@ -40,6 +40,9 @@ def test_a_file_is_replaced_whole_or_left_alone(tmp_path):
         results.write_text(path, "x" * 100_000 + "\ud800")
     assert results.read(path) == [row()]
     assert os.listdir(tmp_path) == ["results.json"]
+    with open(path) as reader:  # it goes on reading what it opened
+        results.write(path, [row(seed=1)])
+        assert json.load(reader) == [row()]
 
 
 @pytest.mark.parametrize(
