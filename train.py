@@ -126,7 +126,7 @@ def train(
             initialize.host_init(model, batch, _added(layout.trained, names), random_seed),
         )
     metadata = {
-        "method": adapters.describe_rules(model.adapted.rules) if model.adapted else "full",
+        "method": adapters.describe_method(model.adapted) if model.adapted else "full",
         "space": space.to_json(),
         "base": checkpoints.fingerprint(frozen),
         "mixture": mixture_or_task_name,
@@ -135,9 +135,9 @@ def train(
     }
     frozen = initialize.to_dtype(frozen, base_dtype)
     if stored is not None and not own:
-        trained = _start_from(initial_checkpoint_path, metadata, trained, stored, space)
+        trained = _start_from(initial_checkpoint_path, metadata, trained, stored)
 
-    trainer = Trainer(model, optimizer, mesh, trained, frozen, layout.axes, microbatches)
+    trainer = Trainer(model, optimizer, mesh, trained, frozen, layout.axes, microbatches, layout.rates)
     state = trainer.init_state(trained, random_seed)
     frozen = partitioning.place(frozen, trainer.frozen_sharding)
     size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.opt_state)))
@@ -160,13 +160,17 @@ def train(
         start = own[-1]
         state = checkpointer.restore(start, state, iterator)
     if first:
-        _describe(model_dir, model, layout, metadata["gin"])
+        _write_info(model_dir, model, layout, metadata["gin"])
 
     writer = logging.MetricWriter(
         os.path.join(model_dir, "train"), first, tensorboard, start if own else None
     )
     progress = logging.Progress(train_steps, start, first)
-    progress.say(_headline(layout, mixture_or_task_name, source, start, train_steps))
+    origin = f"resuming at step {start}" if start else f"from {source}" if source else "fresh"
+    progress.say(
+        f"{_describe(model, layout)}\ntraining on {mixture_or_task_name}, {origin}, to step {train_steps}, on "
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s) of {jax.process_count()} process(es)"
+    )
     eval_writers: dict[str, logging.MetricWriter] = {}
 
     def log(step: int, sums: dict[str, float]) -> None:
@@ -249,42 +253,44 @@ def _added(trained: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _start_from(
-    path: Any,
-    metadata: Mapping[str, Any],
-    fresh: Any,
-    stored: Mapping[str, Any],
-    space: FeatureSpace,
+    path: Any, metadata: Mapping[str, Any], fresh: Any, stored: Mapping[str, Any]
 ) -> Any:
     """The trained parameters of another checkpoint, widened where this run's feature space has more values."""
     where = checkpoints.locate(path)
     for part in ("method", "base"):
-        checkpoints.check_same(part, stored[part], metadata[part], where)
+        checkpoints.check_same(part, _no_bank(stored[part]), _no_bank(metadata[part]), where)
     old, _, _ = checkpoints.load_trained(where)
-    if stored["space"] == metadata["space"]:
+    if stored["method"] == metadata["method"]:
         return old
-    return adapters.extend(old, FeatureSpace.from_json(stored["space"]), fresh, space)
+    return adapters.extend(old, stored["method"], fresh, metadata["method"])
 
 
-def _describe(model_dir: str, model: Any, layout: initialize.Layout, config: str) -> None:
-    flat = [traverse_util.flatten_dict(t, sep="/") for t in (layout.trained, layout.frozen)]
-    table = logging.parameter_table(*flat)
-    folder = pathlib.Path(model_dir)
-    (folder / "model-info.txt").write_text(f"{table}\n{model}\n")
-    (folder / "config.gin").write_text(config)
+def _no_bank(part: Any) -> Any:
+    """A method without the lists of its modules, which follow from the feature space."""
+    if not isinstance(part, Mapping) or "rules" not in part:
+        return part
+    return {"rules": [{k: v for k, v in rule.items() if k != "bank"} for rule in part["rules"]]}
 
 
-def _headline(
-    layout: initialize.Layout, mixture: str, source: Any, start: int, train_steps: int
-) -> str:
+def _describe(model: Any, layout: initialize.Layout) -> str:
+    """What trains: the adapted layers, or just the numbers of parameters."""
+    if model.adapted is not None:
+        params = optimizers.combine(layout.trained, layout.frozen)
+        added, base = adapters.split(params, model.adapted)
+        return adapters.table(added, model.adapted, base)
     trained, frozen = (
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
         for tree in (layout.trained, layout.frozen)
     )
-    origin = f"resuming at step {start}" if start else f"from {source}" if source else "fresh"
-    return (
-        f"training on {mixture}: {trained:,} parameters train, {frozen:,} are frozen; {origin}, to step {train_steps}, "
-        f"on {jax.device_count()} {jax.devices()[0].platform} devices of {jax.process_count()} processes"
-    )
+    return f"no adapters; trained {trained:,}  frozen {frozen:,}"
+
+
+def _write_info(model_dir: str, model: Any, layout: initialize.Layout, config: str) -> None:
+    flat = [traverse_util.flatten_dict(t, sep="/") for t in (layout.trained, layout.frozen)]
+    parts = (_describe(model, layout), logging.parameter_table(*flat), str(model))
+    folder = pathlib.Path(model_dir)
+    (folder / "model-info.txt").write_text("\n\n".join(parts) + "\n")
+    (folder / "config.gin").write_text(config)
 
 
 def _eval_batches(

@@ -27,11 +27,13 @@ class Layout:
     Attributes:
       trained, frozen: nested dicts of shapes that together hold every parameter.
       axes: the names of the dimensions, by path.
+      rates: nested dict of factors on the updates of some trained parameters, or None.
     """
 
     trained: Tree
     frozen: Tree
     axes: Mapping[str, Sequence[str | None]]
+    rates: Tree | None = None
 
 
 def example_batch(
@@ -74,15 +76,18 @@ def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Gro
       ValueError: rules or groups that do not fit the network.
     """
     variables = jax.eval_shape(model.init, jax.random.key(0), batch)
-    params = variables["params"]
-    axes: dict[str, Any] = partitioning.flat_axes(variables.get("params_axes", {}))
+    params, named = variables["params"], variables.get("params_axes", {})
+    axes: dict[str, Any] = dict(partitioning.flat_axes(named))
     paths: list[str] = []
+    rates = None
     if model.adapted is not None:
-        added, _ = adapters.split(params, model.adapted.rules)
+        added, base = adapters.split(params, model.adapted)
         paths = list(traverse_util.flatten_dict(added, sep="/"))
-        axes = {**axes, **adapters.logical_axes(params, axes, model.adapted.rules)}
+        added_axes = adapters.logical_axes(added, model.adapted, base, named)
+        axes.update(traverse_util.flatten_dict(added_axes, sep="/"))
+        rates = adapters.update_rates(added, model.adapted)
     trained, frozen = optimizers.select(params, groups, paths)
-    return Layout(trained, frozen, axes)
+    return Layout(trained, frozen, axes, rates)
 
 
 def take_base(wanted: Tree, base: Tree, adapter_names: Sequence[str], where: str) -> Tree:

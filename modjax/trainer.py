@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax import optimizers, partitioning
@@ -100,6 +101,7 @@ def train_step(
     optimizer: optimizers.Optimizer,
     transform: optax.GradientTransformation,
     microbatches: int,
+    factors: Mapping[str, Any],
     state: TrainState,
     frozen: Any,
     batch: Batch,
@@ -108,6 +110,7 @@ def train_step(
     """One update.
 
     Args:
+      factors: {path: what the update of that parameter is multiplied by}.
       stop: int32 [data shards], 1 where a process was asked to stop; its maximum comes back, so that all agree.
 
     Returns:
@@ -116,6 +119,10 @@ def train_step(
     rng = jax.random.fold_in(state.rng, state.step)
     grads, sums = _gradients(model, state.trained, frozen, batch, rng, microbatches)
     updates, opt_state = transform.update(grads, state.opt_state, state.trained)
+    if factors:
+        flat = traverse_util.flatten_dict(updates, sep="/")
+        flat.update({path: flat[path] * factor for path, factor in factors.items()})
+        updates = traverse_util.unflatten_dict(flat, sep="/")
     scalars = dict(sums)
     scalars.update(optimizer.rates(state.step))
     scalars["grad_norm"] = optax.global_norm(grads)
@@ -135,6 +142,7 @@ class Trainer:
       frozen: the frozen parameters, arrays or shapes.
       axes: logical axis names by path, for both.
       microbatches: parts that a batch is computed in, to save memory.
+      rates: nested dict of factors on the updates of some trained parameters, broadcast to their shapes.
     """
 
     def __init__(
@@ -146,10 +154,14 @@ class Trainer:
         frozen: Any,
         axes: Mapping[str, Any] | None = None,
         microbatches: int = 1,
+        rates: Mapping[str, Any] | None = None,
     ):
         self.mesh = mesh
         self.microbatches = microbatches
         self.transform = optimizer.build(trained)
+        mine = traverse_util.flatten_dict(dict(trained), sep="/")
+        factors = traverse_util.flatten_dict(dict(rates or {}), sep="/")
+        factors = {path: factor for path, factor in factors.items() if path in mine}
         whole = partitioning.replicated(mesh)
         rows = NamedSharding(mesh, PartitionSpec("data"))
         homes = partitioning.shardings(trained, axes or {}, mesh)
@@ -164,7 +176,7 @@ class Trainer:
 
         def step(state: TrainState, frozen: Any, batch: Batch, stop: jax.Array) -> Any:
             return train_step(
-                model, optimizer, self.transform, microbatches, state, frozen, batch, stop
+                model, optimizer, self.transform, microbatches, factors, state, frozen, batch, stop
             )
 
         def evaluate(trained: Any, frozen: Any, batch: Batch) -> Sums:
