@@ -22,7 +22,7 @@ metadata and are not in the text.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from modjax.errors import nearest
@@ -313,10 +313,10 @@ class Babel:
         """A train-split text as a function of the language: clause, reading exercise, phrase."""
         while split_of(clause := sample_clause(draw)) != "train":
             pass
-        form = draw.below(10)
-        if form < 6:
+        form = draw.below(100)
+        if form < 60:
             return lambda language: render(clause, language)
-        if form < 8:
+        if form < 67:
             exercise = question(draw, self._plain(draw, "train"), clause)
             return lambda language: render_question(exercise, language)[0]
         # The concepts, not the place in the sentence, name the phrase: the same in every language.
@@ -326,36 +326,43 @@ class Babel:
             p.surface for p in phrases(clause, language) if _name(p) == wanted
         )
 
-    def pretrain_examples(self, kind: str, code: str) -> Iterator[dict[str, str]]:
-        """The base's text in one language: inputs, targets, task, language, source.
+    def pretrain_examples(self, kind: str, code: str, split: str) -> Iterator[dict[str, str]]:
+        """The base's text in one language: inputs, targets, source.
+
+        Validation and test are whole clauses of the adapters' evaluation meanings, translated from
+        other languages: they say how multilingual the base is.
 
         Args:
           kind: "translate" into the language, or "fill".
           code: the language.
+          split: train, validation or test.
         """
         self._check(kind, ("translate", "fill"), "kind", "kind")
         sources = self.pretrain_pairs()
         self._check(code, sources, "language", "pretraining language")
         language = self.languages[code]
-        draw = world.Draw(self.config.seed, "pretrain", kind, code)
-        for _ in range(self.config.pretrain_examples):
-            utterance = self._utterance(draw)
+        draw = world.Draw(self.config.seed, "pretrain", kind, code, split)
+        if split == "train":
+            share = self.config.pretrain_fill
+            share = share if kind == "fill" else 1 - share
+            texts = (
+                self._utterance(draw) for _ in range(round(share * self.config.pretrain_examples))
+            )
+        else:
+            texts = (partial(render, clause) for clause in self.meanings(split))
+        for utterance in texts:
+            source = code
             if kind == "translate":
-                source = draw.pick(sources[code])
+                source = draw.pick(
+                    sources[code] if split == "train" else sources[code][1:] or [code]
+                )
                 inputs = f">{code} {utterance(self.languages[source])}"
                 targets = utterance(language)
             else:
-                source = code
                 while " " not in (text := utterance(language)):
                     utterance = self._utterance(draw)
                 inputs, targets = corrupt(draw, text)
-            yield {
-                "inputs": inputs,
-                "targets": targets,
-                "task": kind,
-                "language": code,
-                "source": source,
-            }
+            yield {"inputs": inputs, "targets": targets, "source": source}
 
 
 def corrupt(draw: world.Draw, text: str, rate: float = 0.25) -> tuple[str, str]:

@@ -155,7 +155,7 @@ class BabelConfig:
     sound_changes: int = 2
     pretrain_languages: int | None = None
     pretrain_pairs: float = 1.0
-    pretrain_examples: int = 40_000
+    pretrain_examples: int = 20_000
     pretrain_fill: float = 0.1
     tasks: tuple[str, ...] = TASKS
     adapt_languages: int | None = None
