@@ -2,35 +2,23 @@
 
 SeqIO keeps the data of a task. We keep its features (`{"task": "parse", "language": "sw"}`) and the
 names of its metrics, in a registry of our own keyed by the task's name. Every example of a task
-carries one number, the task's key, through mixing, shuffling and packing; the feature converter
-looks the features up by it (see `modjax.data.converters`).
-
-The key is a hash of the name, so that it is the same in every process and in a resumed run. Its two
-low bits say that the example's inputs or targets were longer than the limit.
+carries one number, the task's key, through mixing, shuffling and packing (`modjax.data.carry`); the
+feature converter looks the features up by it (`modjax.data.converters`).
 """
 
 import dataclasses
-import functools
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import seqio
 import tensorflow as tf
 
+from modjax.data import carry
+from modjax.data.sources import ExamplesSource
 from modjax.errors import nearest
 from modjax.features import FeatureSpace, Value, as_values
 
-DATASET_KEY = "dataset_key"
-INPUTS_TOO_LONG, TARGETS_TOO_LONG = 1, 2
-FLAG_BITS = 2
-
 Names = str | Sequence[str]
-
-_FLAGS = "too_long_flags"
-_KEY_FEATURE = seqio.Feature(
-    seqio.PassThroughVocabulary(size=2**31 - 1), add_eos=False, dtype=tf.int32
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +28,6 @@ class _Entry:
 
 
 _ENTRIES: dict[str, _Entry] = {}
-
-
-def key_of(task_name: str) -> int:
-    """The number >= 1, below 2**29, that the examples of a task carry."""
-    return zlib.crc32(task_name.encode()) % (2**29 - 1) + 1
 
 
 def add_task(
@@ -84,7 +67,7 @@ def add_task(
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         raise ValueError(f"{where} is already registered; a name stands for one task or mixture.")
     for other in seqio.TaskRegistry.names():
-        if key_of(other) == key_of(name):
+        if carry.key_of(other) == carry.key_of(name):
             raise ValueError(f"{where} has the key of task {other!r} by chance; rename one.")
     if empty_targets not in ("error", "allow"):
         raise ValueError(f"{where}: empty_targets is 'error' or 'allow', not {empty_targets!r}.")
@@ -92,12 +75,14 @@ def add_task(
         metadata=_checked_metadata(metadata, where),
         metric_names=as_values(metric_names, f"{where}, metric_names"),
     )
-    carry = _carry_key(name, allow_empty=empty_targets == "allow")
+    carry_key = carry.carry_key(name, allow_empty=empty_targets == "allow")
+    if isinstance(source, ExamplesSource):
+        kwargs.setdefault("shuffle_buffer_size", None)  # it shuffles by itself, and better
     task = seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=[*_with_measure(preprocessors), carry],
-        output_features={**output_features, DATASET_KEY: _KEY_FEATURE},
+        preprocessors=[*carry.with_measure(preprocessors), carry_key],
+        output_features={**output_features, carry.DATASET_KEY: carry.KEY_FEATURE},
         postprocess_fn=postprocess_fn,
         **kwargs,
     )
@@ -255,85 +240,3 @@ def _checked_metadata(metadata: Mapping[str, Value] | None, where: str) -> dict[
     for feature, value in metadata.items():
         as_values(value, f"{where}, feature {feature!r}")
     return {f: v if v is None or isinstance(v, str) else tuple(v) for f, v in metadata.items()}
-
-
-def _with_measure(preprocessors: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
-    """Measures examples before a preprocessor that trims them, or nobody would know."""
-    steps: list[Callable[..., Any]] = []
-    for step in preprocessors:
-        function = step.func if isinstance(step, functools.partial) else step
-        if function is seqio.preprocessors.append_eos_after_trim:
-            steps.append(_measure)
-        steps.append(step)
-    return steps
-
-
-def _too_long(
-    ex: Mapping[str, tf.Tensor], limits: Mapping[str, int] | None, extra: Mapping[str, int]
-) -> tf.Tensor:
-    flags = tf.constant(0, tf.int32)
-    for name, flag in (("inputs", INPUTS_TOO_LONG), ("targets", TARGETS_TOO_LONG)):
-        limit = (limits or {}).get(name)
-        if name in ex and limit is not None:
-            flags += flag * tf.cast(tf.size(ex[name]) + extra.get(name, 0) > limit, tf.int32)
-    return flags
-
-
-def _measure(
-    dataset: tf.data.Dataset,
-    sequence_length: Mapping[str, int] | None = None,
-    output_features: Mapping[str, seqio.Feature] | None = None,
-) -> tf.data.Dataset:
-    extra = {n: int(f.add_eos) for n, f in (output_features or {}).items()}
-    return dataset.map(
-        lambda ex: {**ex, _FLAGS: _too_long(ex, sequence_length, extra)},
-        num_parallel_calls=tf.data.AUTOTUNE,
-    )
-
-
-def _carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
-    """The last preprocessor of every task: gives its examples their key, and refuses bad ones."""
-    key = key_of(name) << FLAG_BITS
-
-    def carry_key(
-        dataset: tf.data.Dataset,
-        sequence_length: Mapping[str, int] | None = None,
-        output_features: Mapping[str, seqio.Feature] | None = None,
-    ) -> tf.data.Dataset:
-        def add(ex: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            ex = dict(ex)
-            flags = tf.bitwise.bitwise_or(
-                ex.pop(_FLAGS, tf.constant(0, tf.int32)), _too_long(ex, sequence_length, {})
-            )
-            problem = _problem(ex, output_features or {}, allow_empty)
-            text = ex.get("inputs_pretokenized", ex.get("inputs", ""))
-            ok = tf.debugging.Assert(
-                tf.equal(problem, ""), [f"task {name!r}: an example", problem, "It begins:", text]
-            )
-            with tf.control_dependencies([ok]):
-                ex[DATASET_KEY] = tf.reshape(key + flags, [1])
-            return ex
-
-        return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
-
-    return carry_key
-
-
-def _problem(
-    ex: Mapping[str, tf.Tensor], features: Mapping[str, seqio.Feature], allow_empty: bool
-) -> tf.Tensor:
-    """What is wrong with a tokenised example, or "". Such examples would be packed wrongly."""
-    problem = tf.constant("")
-    for name in ("inputs", "targets"):
-        if name not in ex or ex[name].dtype != tf.int32:
-            continue
-        tokens = ex[name]
-        eos = features[name].vocabulary.eos_id if name in features else None
-        if name == "inputs" or allow_empty or eos is None:
-            empty = tf.equal(tf.size(tokens), 0)
-        else:
-            empty = tf.reduce_all(tf.equal(tokens, eos))
-        padding = tf.reduce_any(tf.equal(tokens, 0))
-        problem = tf.where(padding, f"has the padding id 0 among its {name}.", problem)
-        problem = tf.where(empty, f"has empty {name}.", problem)
-    return problem

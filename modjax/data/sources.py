@@ -7,13 +7,17 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from modjax.data.carry import map_plainly
 from modjax.errors import nearest
 
 Examples = Sequence[Mapping[str, Any]]
 
 
 class ExamplesSource(seqio.DataSource):
-    """Examples from Python, shuffled as a whole by seed and shared out over processes by index.
+    """Examples from Python, shuffled as a whole anew each epoch, and shared out over processes.
+
+    A task of it needs no shuffle buffer (`shuffle_buffer_size=None`): it starts sooner, and what is
+    saved of its position are numbers instead of examples.
 
     Args:
       splits: for each split its examples, dictionaries with the same keys (text or arrays of one
@@ -25,7 +29,7 @@ class ExamplesSource(seqio.DataSource):
     """
 
     def __init__(self, splits: Mapping[str, Examples | Callable[[], Examples]]):
-        super().__init__(splits=splits)
+        super().__init__(splits=splits, performs_internal_shuffling=True)
         self._sources = dict(splits)
         self._columns: dict[str, dict[str, np.ndarray]] = {}
 
@@ -49,14 +53,15 @@ class ExamplesSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         """The examples of one split, or of one shard of it, in an order given by the seed."""
         del unused
-        columns = self._load(split)
-        order = np.arange(self.num_input_examples(split))
+        columns = {k: tf.constant(v) for k, v in self._load(split).items()}
+        number = self.num_input_examples(split)
+        ds = tf.data.Dataset.range(number)
         if shuffle:
-            order = np.random.default_rng(seed).permutation(order)
+            ds = ds.shuffle(number, seed=seed)
         if shard_info is not None:
-            # After the permutation, which all processes share, so that their parts are disjoint.
-            order = order[shard_info.index :: shard_info.num_shards]
-        return tf.data.Dataset.from_tensor_slices({k: v[order] for k, v in columns.items()})
+            # After the shuffle, which all processes share, so that their parts are disjoint.
+            ds = ds.shard(shard_info.num_shards, shard_info.index)
+        return map_plainly(ds, lambda i: {k: v[i] for k, v in columns.items()})
 
     def _load(self, split: str) -> dict[str, np.ndarray]:
         if split not in self._sources:

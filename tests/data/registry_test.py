@@ -6,7 +6,7 @@ import sys
 import pytest
 import seqio
 
-from modjax.data import registry
+from modjax.data import carry, registry
 from modjax.data.sources import ExamplesSource
 
 VOCABULARY = seqio.ByteVocabulary()
@@ -44,7 +44,7 @@ def grid(add, *pairs, prefix="reg"):
 
 def keys(name, lengths=None):
     ds = seqio.get_mixture_or_task(name).get_dataset(lengths, split="train", shuffle=False)
-    return [int(ex[registry.DATASET_KEY][0]) for ex in ds]
+    return [int(ex[carry.DATASET_KEY][0]) for ex in ds]
 
 
 def test_metadata_and_metrics_are_kept_beside_the_task(add):
@@ -139,12 +139,12 @@ def test_every_example_carries_its_tasks_key_through_a_mixture(add):
     names = grid(add, ("parse", "en"), ("parse", "sw"))
     add.mixture("reg_mix", names)
     for name in names:
-        assert keys(name) == [registry.key_of(name) << registry.FLAG_BITS]
+        assert keys(name) == [carry.key_of(name) << carry.FLAG_BITS]
     ds = seqio.get_mixture_or_task("reg_mix").get_dataset(
         {"inputs": 8, "targets": 8}, split="train", shuffle=False, num_epochs=4, seed=0
     )
-    seen = {int(ex[registry.DATASET_KEY][0]) >> registry.FLAG_BITS for ex in ds}
-    assert seen == {registry.key_of(n) for n in names}
+    seen = {int(ex[carry.DATASET_KEY][0]) >> carry.FLAG_BITS for ex in ds}
+    assert seen == {carry.key_of(n) for n in names}
 
 
 @pytest.mark.parametrize("trims", [False, True])
@@ -153,7 +153,7 @@ def test_examples_over_the_limit_are_marked_even_if_a_preprocessor_trims_them(ad
     rows = [{"inputs": "i" * n, "targets": "t" * m} for n, m in [(3, 3), (4, 3), (3, 4), (9, 9)]]
     add("reg_long", rows, [STEPS[0], last])
     flags = [k & 3 for k in keys("reg_long", {"inputs": 4, "targets": 4})]
-    assert flags == [0, registry.INPUTS_TOO_LONG, registry.TARGETS_TOO_LONG, 3]
+    assert flags == [0, carry.INPUTS_TOO_LONG, carry.TARGETS_TOO_LONG, 3]
     assert {k & 3 for k in keys("reg_long", {"inputs": 10, "targets": 10})} == {0}
 
 

@@ -1,0 +1,123 @@
+"""The number by which an example says which task it is of, all the way into a packed batch.
+
+SeqIO packs numbers and nothing else, and takes 0 for padding. So an example carries its task's key:
+a hash of the name, the same in every process and in a resumed run, times 4, plus two flags that say
+that its inputs or its targets were longer than the limit.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+DATASET_KEY = "dataset_key"
+INPUTS_TOO_LONG, TARGETS_TOO_LONG = 1, 2
+FLAG_BITS = 2
+KEY_FEATURE = seqio.Feature(
+    seqio.PassThroughVocabulary(size=2**31 - 1), add_eos=False, dtype=tf.int32
+)
+
+_FLAGS = "too_long_flags"
+
+
+def key_of(task_name: str) -> int:
+    """The number >= 1, below 2**29, that the examples of a task carry."""
+    return zlib.crc32(task_name.encode()) % (2**29 - 1) + 1
+
+
+def map_plainly(dataset: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
+    """`dataset.map`, in parallel, for a function without Python control flow over tensors.
+
+    Translating such a function is a large part of the time it takes to build a mixture.
+    """
+    plainly = tf.autograph.experimental.do_not_convert(function)
+    return dataset.map(plainly, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def with_measure(preprocessors: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
+    """Measures examples before a preprocessor that trims them, or nobody would know."""
+    steps: list[Callable[..., Any]] = []
+    for step in preprocessors:
+        function = step.func if isinstance(step, functools.partial) else step
+        if function is seqio.preprocessors.append_eos_after_trim:
+            steps.append(_measure)
+        steps.append(step)
+    return steps
+
+
+def _too_long(
+    ex: Mapping[str, tf.Tensor], limits: Mapping[str, int] | None, extra: Mapping[str, int]
+) -> tf.Tensor:
+    flags = tf.constant(0, tf.int32)
+    for name, flag in (("inputs", INPUTS_TOO_LONG), ("targets", TARGETS_TOO_LONG)):
+        limit = (limits or {}).get(name)
+        if name in ex and limit is not None:
+            flags += flag * tf.cast(tf.size(ex[name]) + extra.get(name, 0) > limit, tf.int32)
+    return flags
+
+
+def _measure(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int] | None = None,
+    output_features: Mapping[str, seqio.Feature] | None = None,
+) -> tf.data.Dataset:
+    extra = {n: int(f.add_eos) for n, f in (output_features or {}).items()}
+    return map_plainly(dataset, lambda ex: {**ex, _FLAGS: _too_long(ex, sequence_length, extra)})
+
+
+def carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
+    """The last preprocessor of every task: gives its examples their key, and refuses bad ones.
+
+    It also trims, as SeqIO would right after it: a step less to build and to run for each task.
+    """
+    key = key_of(name) << FLAG_BITS
+
+    def step(
+        dataset: tf.data.Dataset,
+        sequence_length: Mapping[str, int] | None = None,
+        output_features: Mapping[str, seqio.Feature] | None = None,
+    ) -> tf.data.Dataset:
+        def add(ex: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            ex = dict(ex)
+            flags = tf.bitwise.bitwise_or(
+                ex.pop(_FLAGS, tf.constant(0, tf.int32)), _too_long(ex, sequence_length, {})
+            )
+            problem = _problem(ex, output_features or {}, allow_empty)
+            text = ex.get("inputs_pretokenized", ex.get("inputs", ""))
+            ok = tf.debugging.Assert(
+                tf.equal(problem, ""), [f"task {name!r}: an example", problem, "It begins:", text]
+            )
+            with tf.control_dependencies([ok]):
+                ex[DATASET_KEY] = tf.reshape(key + flags, [1])
+            for kind in ("inputs", "targets"):
+                limit = (sequence_length or {}).get(kind)
+                if kind in ex and limit is not None:
+                    ex[kind] = ex[kind][:limit]
+            return ex
+
+        return map_plainly(dataset, add)
+
+    return step
+
+
+def _problem(
+    ex: Mapping[str, tf.Tensor], features: Mapping[str, seqio.Feature], allow_empty: bool
+) -> tf.Tensor:
+    """What is wrong with a tokenised example, or "". Such examples would be packed wrongly."""
+    problem = tf.constant("")
+    for name in ("inputs", "targets"):
+        if name not in ex or ex[name].dtype != tf.int32:
+            continue
+        tokens = ex[name]
+        eos = features[name].vocabulary.eos_id if name in features else None
+        if name == "inputs" or allow_empty or eos is None:
+            empty = tf.equal(tf.size(tokens), 0)
+        else:
+            empty = tf.reduce_all(tf.equal(tokens, eos))
+        padding = tf.reduce_any(tf.equal(tokens, 0))
+        problem = tf.where(padding, f"has the padding id 0 among its {name}.", problem)
+        problem = tf.where(empty, f"has empty {name}.", problem)
+    return problem

@@ -1,0 +1,85 @@
+"""What is checked of an input before its first batch, so that it fails at once and by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from modjax.data.carry import DATASET_KEY
+from modjax.errors import nearest
+
+
+def check_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+    """The lengths of "inputs" and "targets". Raises ValueError for others, or if not positive."""
+    lengths = {k: v for k, v in task_feature_lengths.items() if k != DATASET_KEY}
+    if set(lengths) != {"inputs", "targets"} or any(
+        isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in lengths.values()
+    ):
+        raise ValueError(
+            'task_feature_lengths must give positive whole numbers for "inputs" and "targets", '
+            f"not {dict(task_feature_lengths)}."
+        )
+    return lengths
+
+
+def check_splits(
+    tasks: list[str], split: str, shard: seqio.ShardInfo, use_cached: bool = False
+) -> None:
+    """Checks that the sources of the tasks that have the split have an example for this shard.
+
+    SeqIO leaves the tasks without the split out of a mixture. Whether a task's preprocessors
+    leave anything of the examples is not asked: building them takes seconds in a large mixture.
+
+    Raises:
+      ValueError: no task has the split, or one has no example in it, or none for this process.
+    """
+    found = [t for t in tasks if split in seqio.TaskRegistry.get(t).splits]
+    if not found:
+        known = {s for t in tasks for s in seqio.TaskRegistry.get(t).splits}
+        raise ValueError(f"No task of {tasks} has a split {split!r}.{nearest(split, known)}")
+    for name in found:
+        task = seqio.TaskRegistry.get(name)
+        if use_cached and task.supports_caching:
+            continue  # seqio reads a cache instead, and says if it is not there
+        try:
+            number = task.source.num_input_examples(split)
+            if number is None:
+                ds = task.source.get_dataset(split=split, shuffle=False)
+                number = sum(1 for _ in ds.take(shard.num_shards))
+        except (ValueError, OSError) as e:
+            raise ValueError(f"task {name!r}, split {split!r}: {e}") from e
+        except tf.errors.OpError as e:
+            raise ValueError(f"task {name!r}, split {split!r}: {plain(e)}") from e
+        if number == 0:
+            raise ValueError(f"task {name!r}: split {split!r} is empty.")
+        if number < shard.num_shards:
+            raise ValueError(
+                f"task {name!r}: split {split!r} has {number} example(s), "
+                f"too few for {shard.num_shards} processes."
+            )
+
+
+def rows_per_process(batch_size: int, shard: seqio.ShardInfo) -> int:
+    """The rows of a batch that each process reads. Raises ValueError if they do not divide it."""
+    if batch_size < 1 or batch_size % shard.num_shards:
+        raise ValueError(
+            f"batch_size={batch_size} must be a positive multiple of the number of processes, "
+            f"{shard.num_shards}, that share the batch."
+        )
+    return batch_size // shard.num_shards
+
+
+def check_option(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raises ValueError, with the nearest known value, unless `value` is a known one."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r}.{nearest(str(value), known)}")
+
+
+def plain(error: tf.errors.OpError) -> str:
+    """The sentence in a tensorflow error that a person can use."""
+    text = error.message
+    if "assertion failed: " in text:
+        text = text.split("assertion failed: ")[1].split("\n")[0]
+        text = text.replace("] [", " ").strip("[]").replace("\\'", "'")
+    return text

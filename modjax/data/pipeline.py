@@ -1,0 +1,298 @@
+"""Batches: of a mixture for training (mixed, shuffled, packed, resumable), of a task to evaluate.
+
+Legend: `B` rows of a batch that this process reads, `L` length, `S` segments of a row, `F` columns
+of features. A batch is a dictionary of int32 arrays `[B, L]` under T5X's names, with
+`features [B, S, F]` and `tasks [B, S]`.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from modjax.data import registry
+from modjax.data.carry import DATASET_KEY, FLAG_BITS, INPUTS_TOO_LONG, TARGETS_TOO_LONG, map_plainly
+from modjax.data.checks import (
+    check_lengths,
+    check_option,
+    check_splits,
+    plain,
+    rows_per_process,
+)
+from modjax.data.converters import EncDecFeatureConverter, KeyTable, default_max_segments
+from modjax.data.iterator import Batch, TrainIterator
+from modjax.features import FeatureSpace, Unknown
+
+
+def this_process() -> seqio.ShardInfo:
+    """This process of a jax job, as a shard."""
+    import jax  # here, so that reading data alone starts no device
+
+    return seqio.ShardInfo(index=jax.process_index(), num_shards=jax.process_count())
+
+
+def train_iterator(
+    mixture: str,
+    split: str,
+    space: FeatureSpace | None,
+    *,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    seed: int,
+    pack: bool = True,
+    max_segments: int | None = None,
+    shard: seqio.ShardInfo | None = None,
+    shuffle: bool = True,
+    use_cached: bool = False,
+    on_too_long: Literal["count", "error"] = "count",
+    num_epochs: int | None = None,
+) -> TrainIterator:
+    """An iterator over a mixture's training batches; the same arguments give the same batches.
+
+    Tasks are mixed by SeqIO's rates. Each process reads its own shard of every task, so that
+    together they see each example once per epoch.
+
+    Args:
+      mixture: a mixture or task.
+      split: which split of each task.
+      space: gives the ids of features and datasets; None for methods that need neither (F is 0).
+      task_feature_lengths: `{"inputs": L, "targets": L}`; longer examples are trimmed, see below.
+      batch_size: rows of the whole job's batch.
+      seed: of shuffling, mixing and random preprocessors.
+      pack: several examples in a row, told apart by segment ids.
+      max_segments: S when packing, see `converters.default_max_segments`.
+      shard: the part to read; by default that of this process in the jax job.
+      shuffle: whether to; examples come in order otherwise.
+      use_cached: read SeqIO's offline caches.
+      on_too_long: trim an example over the limit and count it in `stats`, or raise.
+      num_epochs: how often each task is read; None for ever. At the end the last batch is filled
+        up with rows of padding, and a mixture ends with its first exhausted task, as in SeqIO.
+
+    Raises:
+      ValueError: batch size and processes do not fit; a length or an option is invalid; a task has
+        no such split or no example in it; a task's features are not in the space.
+    """
+    shard = shard or this_process()
+    rows = rows_per_process(batch_size, shard)
+    check_option("on_too_long", on_too_long, ("count", "error"))
+    lengths = check_lengths(task_feature_lengths)
+    tasks = registry.tasks_of(mixture)
+    table = KeyTable(tasks, space if space is not None else FeatureSpace(()))
+    settings = {
+        "mixture": mixture,
+        "tasks": tasks,
+        "split": split,
+        "task_feature_lengths": lengths,
+        "batch_size": batch_size,
+        "seed": seed,
+        "pack": pack,
+        "max_segments": (max_segments or default_max_segments(lengths)) if pack else 1,
+        "shuffle": shuffle,
+        "use_cached": use_cached,
+        "num_epochs": num_epochs,
+    }
+    check_splits(tasks, split, shard, use_cached)
+    ds = seqio.get_mixture_or_task(mixture).get_dataset(
+        lengths,
+        split=split,
+        use_cached=use_cached,
+        shuffle=shuffle,
+        seed=seed,
+        shard_info=shard,
+        num_epochs=num_epochs,
+        trim_output_features=False,  # the step that adds the key has trimmed
+        # It would freeze the order of the first epoch and put whole datasets into checkpoints.
+        try_in_mem_cache=False,
+    )
+    ds = _only(ds, lengths)
+    # Task and packer have trimmed already: checking every example again costs a fifth of the time.
+    converter = EncDecFeatureConverter(pack, max_segments=max_segments, apply_length_check=False)
+    ds = converter(ds, lengths)
+    ds = ds.batch(rows, drop_remainder=num_epochs is None).prefetch(4).with_options(_options())
+    return TrainIterator(ds, table, settings, shard=shard, rows=rows, on_too_long=on_too_long)
+
+
+def eval_batches(
+    task: str,
+    split: str,
+    space: FeatureSpace | None,
+    *,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    unknown: Unknown = "none",
+    shard: seqio.ShardInfo | None = None,
+    use_cached: bool = False,
+    on_too_long: Literal["count", "error"] = "count",
+    max_examples: int | None = None,
+) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+    """Every example of a task's split once, in order, not packed.
+
+    In a job of several processes each gets its rows of the same batches, equally many for all, so
+    that they can be computed together.
+
+    Args:
+      task: a task; go over `registry.tasks_of` for a mixture.
+      split: its split.
+      space: gives the ids; None for methods that need no features (F is 0).
+      task_feature_lengths: as for `train_iterator`.
+      batch_size: rows of the whole job's batch.
+      unknown: what becomes of a value or dataset that the space lacks: "none", id 0, or "error".
+      shard: the part to read; by default that of this process in the jax job.
+      use_cached: read SeqIO's offline caches.
+      on_too_long: trim an example over the limit and say so in it, or raise.
+      max_examples: only the first so many.
+
+    Yields:
+      A batch of B rows with `valid`, bool `[B]`, false for the rows of zeros that fill up the last
+      one, S = 1; and for each valid row its example: `index` in the split; `task`; `too_long`,
+      those of "inputs" and "targets" that were trimmed; and all that the task's preprocessors left
+      in it but tokens, text as str, `inputs_pretokenized` and `targets_pretokenized` in any case.
+
+    Raises:
+      ValueError: as `train_iterator`; text that is not UTF-8 (task and index are named).
+    """
+    shard = shard or this_process()
+    rows = rows_per_process(batch_size, shard)
+    check_option("on_too_long", on_too_long, ("count", "error"))
+    lengths = check_lengths(task_feature_lengths)
+    if registry.tasks_of(task) != [task]:
+        raise ValueError(f"{task!r} is a mixture; evaluate its tasks: {registry.tasks_of(task)}.")
+    table = KeyTable([task], space if space is not None else FeatureSpace(()), unknown)
+    check_splits([task], split, seqio.ShardInfo(0, 1), use_cached)
+    ds = seqio.TaskRegistry.get(task).get_dataset(
+        lengths, split=split, use_cached=use_cached, shuffle=False, seed=0, try_in_mem_cache=False
+    )
+    if max_examples is not None:
+        ds = ds.take(max_examples)
+    converter = EncDecFeatureConverter(pack=False)
+    pairs = converter.keeping(ds, lengths).with_options(_options()).prefetch(batch_size)
+    return _eval_batches(pairs, task, table, lengths, shard, rows, on_too_long)
+
+
+def _eval_batches(pairs, task, table, lengths, shard, rows, on_too_long):
+    examples = enumerate(_readable(pairs))
+    # All processes go over all examples, so that all know where the last batch is.
+    while chunk := list(itertools.islice(examples, rows * shard.num_shards)):
+        mine = chunk[shard.index * rows :][:rows]
+        like, _ = chunk[0][1]
+        batch = {k: np.zeros((rows, *v.shape), v.dtype) for k, v in like.items()}
+        for i, (_, (model_features, _)) in enumerate(mine):
+            for k, v in model_features.items():
+                batch[k][i] = v
+        found = table.rows(batch.pop(DATASET_KEY))
+        batch |= {"features": table.features[found], "tasks": table.tasks[found]}
+        batch["valid"] = np.arange(rows) < len(mine)
+        readable = [_example(task, index, ex) for index, (_, ex) in mine]
+        if on_too_long == "error":
+            for ex in readable:
+                for kind in ex["too_long"]:
+                    raise ValueError(
+                        f"task {task!r}, example {ex['index']}: {kind} over the limit of "
+                        f"{lengths[kind]} tokens; raise task_feature_lengths, or allow trimming."
+                    )
+        yield batch, readable
+
+
+def _readable(ds: tf.data.Dataset) -> Iterator[Any]:
+    iterator = ds.as_numpy_iterator()
+    while True:
+        try:
+            yield next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError as e:
+            raise ValueError(plain(e)) from e
+
+
+def _example(task: str, index: int, ex: Mapping[str, Any]) -> dict[str, Any]:
+    flags = int(ex[DATASET_KEY][0]) & ((1 << FLAG_BITS) - 1)
+    kinds = (("inputs", INPUTS_TOO_LONG), ("targets", TARGETS_TOO_LONG))
+    out: dict[str, Any] = {"index": index, "task": task}
+    out["too_long"] = [kind for kind, flag in kinds if flags & flag]
+    features = seqio.TaskRegistry.get(task).output_features
+    for name, value in ex.items():
+        if name not in features:
+            try:
+                out[name] = _plain_value(value)
+            except UnicodeDecodeError as e:
+                raise ValueError(
+                    f"task {task!r}, example {index}: {name} is not valid UTF-8: {e}."
+                ) from e
+    for name in ("inputs", "targets"):
+        if f"{name}_pretokenized" not in out:
+            tokens = [int(t) for t in ex[name] if t]
+            out[f"{name}_pretokenized"] = features[name].vocabulary.decode(tokens)
+    return out
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, list | tuple):
+        return [_plain_value(v) for v in value]
+    if hasattr(value, "to_list"):  # ragged
+        return _plain_value(value.to_list())
+    return _plain_value(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def packed_and_not(
+    mixture: str,
+    split: str,
+    space: FeatureSpace | None,
+    *,
+    task_feature_lengths: Mapping[str, int],
+    num_examples: int,
+    max_segments: int | None = None,
+    seed: int = 0,
+) -> tuple[Batch, Batch, np.ndarray]:
+    """The same examples packed and not packed, to compare what a model does with both.
+
+    Returns:
+      The packed batch, as many rows as it takes; the other, one row for each example; and int32
+      `[num_examples, 2]`: the packed row of each example, and its segment id there, from 1.
+
+    Raises:
+      ValueError: as `train_iterator`, or the split has fewer examples.
+    """
+    lengths = check_lengths(task_feature_lengths)
+    tasks = registry.tasks_of(mixture)
+    table = KeyTable(tasks, space if space is not None else FeatureSpace(()))
+    check_splits(tasks, split, seqio.ShardInfo(0, 1))
+    ds = seqio.get_mixture_or_task(mixture).get_dataset(
+        lengths, split=split, shuffle=False, seed=seed, num_epochs=None
+    )
+    ds = _only(ds, lengths).take(num_examples)
+    batches = []
+    for pack in (True, False):
+        converter = EncDecFeatureConverter(pack, max_segments=max_segments)
+        rows = list(converter(ds, lengths).as_numpy_iterator())
+        batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+        carried = batch.pop(DATASET_KEY)
+        found = table.rows(carried)
+        batches.append({**batch, "features": table.features[found], "tasks": table.tasks[found]})
+        if pack:
+            # The packer keeps the order of the examples.
+            where = np.argwhere(carried != 0).astype(np.int32) + [0, 1]
+    return batches[0], batches[1], where.astype(np.int32)
+
+
+def _only(ds: tf.data.Dataset, lengths: Mapping[str, int]) -> tf.data.Dataset:
+    """Without what SeqIO would drop with a warning when packing."""
+    names = (*lengths, DATASET_KEY)
+    if set(ds.element_spec) == set(names):
+        return ds
+    return map_plainly(ds, lambda ex: {k: ex[k] for k in names})
+
+
+def _options() -> tf.data.Options:
+    options = tf.data.Options()
+    options.deterministic = True
+    options.experimental_optimization.map_fusion = True
+    # Examples are small: threads inside an operation cost more than they bring.
+    options.threading.max_intra_op_parallelism = 1
+    # A position that leaves out what it cannot store (as a Python generator's) would be wrong.
+    options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.FAIL
+    return options
