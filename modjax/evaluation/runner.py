@@ -244,10 +244,7 @@ def _texts(
     vocabulary = task.output_features["targets"].vocabulary
     targets, predictions = [], []
     for text, row in zip(texts, tokens, strict=True):
-        ids = [int(t) for t in row]
-        if vocabulary.eos_id in ids:
-            ids = ids[: ids.index(vocabulary.eos_id)]
-        decoded = vocabulary.decode([t for t in ids if t])
+        decoded = vocabulary.decode([int(t) for t in row])  # up to the end mark
         pair = (
             task.postprocess_fn(text["targets_pretokenized"], example=text, is_target=True),
             task.postprocess_fn(decoded, example=text, is_target=False),

@@ -271,6 +271,11 @@ def test_progress_counts_examples_once(examples):
     assert told == [(4, 18), (8, 18), (12, 18), (16, 18), (18, 18)]
 
 
+def test_tokens_are_counted_to_the_last_that_is_no_padding():
+    tokens = np.array([[5, 6, 0, 0], [0, 0, 0, 0], [5, 0, 6, 0], [5, 6, 7, 8]])
+    assert predict.token_counts(tokens).tolist() == [2, 0, 3, 4]
+
+
 def test_a_model_predicts_in_shared_batches_what_it_predicts_in_one(make_t5, examples):
     from modjax import models, partitioning
 
