@@ -1,11 +1,13 @@
 """Trains a model on a SeqIO mixture: pretraining, full fine-tuning, or adapters on a frozen base.
 
-    python train.py --gin_file=bases/t5_small.gin --gin_file=methods/flix.gin --gin_file=runs/finetune.gin \\
+    python train.py --gin_file=bases/t5_small.gin --gin_file=methods/flix.gin \\
+        --gin_file=runs/finetune.gin \\
         --gin.MIXTURE_OR_TASK_NAME="'my_mixture'" --gin.MIXTURE_OR_TASK_MODULE="'my.tasks'" \\
         --gin.TASK_FEATURE_LENGTHS="{'inputs': 128, 'targets': 64}" --gin.TRAIN_STEPS=1000 \\
         --gin.BASE="'weights/t5_small'" --gin.MODEL_DIR="'runs/first'"
 
-The same command again resumes from the latest checkpoint of MODEL_DIR. The gin files may come in any order.
+The same command again resumes from the latest checkpoint of MODEL_DIR. The gin files may come in
+any order.
 """
 
 import contextlib
@@ -21,9 +23,19 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from modjax import adapters, checkpoints, initialize, launch, logging, optimizers, partitioning
+from modjax import (
+    adapters,
+    checkpoints,
+    initialize,
+    launch,
+    logging,
+    optimizers,
+    partitioning,
+    provenance,
+)
 from modjax.features import FeatureSpace
-from modjax.trainer import StopSignal, Trainer, TrainState, fit
+from modjax.loop import StopSignal, fit
+from modjax.trainer import Trainer, TrainState
 
 
 def train(
@@ -59,7 +71,7 @@ def train(
     export_dir: str | None = None,
     operative_config: Callable[[], str] = str,
 ) -> TrainState:
-    """Trains, and returns the last state. The gin files in gin_configs/runs say what the arguments default to.
+    """Trains, and returns the last state. gin_configs/runs gives most arguments their defaults.
 
     Args:
       model: see `modjax.models`.
@@ -71,18 +83,19 @@ def train(
       optimizer: what trains, by which algorithm.
       method: the name that results are reported under, as that of its gin file.
       base: a folder of weights (see `modjax.hub`), or "random" to start from random weights.
-      initial_checkpoint_path: a checkpoint, or a MODEL_DIR, of the same method, whose trained parameters this run starts
-        from (at step 0), unless MODEL_DIR has a checkpoint of its own.
+      initial_checkpoint_path: a checkpoint, or a MODEL_DIR, of the same method, whose trained
+        parameters this run starts from (at step 0), unless MODEL_DIR has a checkpoint of its own.
       features: which of the tasks' features the feature space has; all of them if None.
       pack: several examples to a row, at most `max_segments` (a bound from the lengths if None).
       on_too_long: "count" cuts and counts examples longer than the limit, "error" refuses them.
       base_dtype: precision that the frozen base is kept in, None for that of its files.
       microbatches: parts that a batch is computed in, one after the other.
       model_parallel: devices that share a copy of the parameters.
-      eval_period, eval_steps: every so many steps, loss and accuracy on so many batches of each task of `eval_mixture`
-        (default: the mixture trained on) and `eval_split`; 0 for never.
+      eval_period, eval_steps: every so many steps, loss and accuracy on so many batches of each
+        task of `eval_mixture` (default: the mixture trained on) and `eval_split`; 0 for never.
       export_dir: where the base is written at the end, if all of it was trained.
-      operative_config: gives the text that is kept with the checkpoints and as MODEL_DIR/config.gin.
+      operative_config: gives the text that is kept with the checkpoints and as
+        MODEL_DIR/config.gin.
     """
     from modjax.data import converters, pipeline, registry
 
@@ -92,7 +105,7 @@ def train(
     partitioning.check_batch(batch_size, mesh, microbatches)
     checkpoints.check_writable(model_dir)
 
-    # The checkpoint to continue, the run's own before any other, decides the ids of the feature space.
+    # The checkpoint to continue, the run's own first, decides the ids of the feature space.
     own = checkpoints.steps(model_dir)
     source = model_dir if own else initial_checkpoint_path
     stored = checkpoints.read_metadata(source) if source else None
@@ -102,7 +115,7 @@ def train(
         space = initialize.resolve_space(space, known, bool(own), checkpoints.locate(source))
     model = model.with_space(space)
 
-    # Shapes first: rules, groups and sizes that do not fit are found before anything is read or computed.
+    # Shapes first: what does not fit is found before anything is read or computed.
     if pack and max_segments is None:
         max_segments = converters.default_max_segments(task_feature_lengths)
     batch = initialize.example_batch(task_feature_lengths, space, max_segments if pack else None)
@@ -110,8 +123,9 @@ def train(
     _check_vocabulary(registry, mixture_or_task_name, model)
     names = () if model.adapted is None else model.adapted.names
 
-    # The frozen part comes from the base and is identified by its values; the trained part is fresh where the base has
-    # nothing, from the base where it has, and from the initial checkpoint where that has.
+    # The frozen part comes from the base and is identified by its values; the trained part is fresh
+    # where the base has nothing, from the base where it has, and from the initial checkpoint where
+    # that has.
     if base == initialize.RANDOM:
         frozen = initialize.host_init(model, batch, layout.frozen, random_seed)
         trained = initialize.host_init(model, batch, layout.trained, random_seed)
@@ -123,21 +137,25 @@ def train(
         frozen = initialize.take_base(layout.frozen, weights, names, base)
         trained = optimizers.combine(
             initialize.take_base(layout.trained, weights, names, base),
-            initialize.host_init(model, batch, _added(layout.trained, names), random_seed),
+            initialize.host_init(
+                model, batch, initialize.added(layout.trained, names), random_seed
+            ),
         )
     metadata = {
         "method": adapters.describe_method(model.adapted) if model.adapted else "full",
         "space": space.to_json(),
-        "base": checkpoints.fingerprint(frozen),
+        "base": provenance.fingerprint(frozen),
         "mixture": mixture_or_task_name,
         "name": method,
         "gin": operative_config(),
     }
     frozen = initialize.to_dtype(frozen, base_dtype)
     if stored is not None and not own:
-        trained = _start_from(initial_checkpoint_path, metadata, trained, stored)
+        trained = initialize.start_from(initial_checkpoint_path, metadata, trained, stored)
 
-    trainer = Trainer(model, optimizer, mesh, trained, frozen, layout.axes, microbatches, layout.rates)
+    trainer = Trainer(
+        model, optimizer, mesh, trained, frozen, layout.axes, microbatches, layout.rates
+    )
     state = trainer.init_state(trained, random_seed)
     frozen = partitioning.place(frozen, trainer.frozen_sharding)
     size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.opt_state)))
@@ -168,8 +186,9 @@ def train(
     progress = logging.Progress(train_steps, start, first)
     origin = f"resuming at step {start}" if start else f"from {source}" if source else "fresh"
     progress.say(
-        f"{_describe(model, layout)}\ntraining on {mixture_or_task_name}, {origin}, to step {train_steps}, on "
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s) of {jax.process_count()} process(es)"
+        f"{_describe(model, layout)}\ntraining on {mixture_or_task_name}, {origin}, to step "
+        f"{train_steps}, on {jax.device_count()} {jax.devices()[0].platform} device(s) of "
+        f"{jax.process_count()} process(es)"
     )
     eval_writers: dict[str, logging.MetricWriter] = {}
 
@@ -216,8 +235,8 @@ def train(
         eval_writer.close()
     if step < train_steps:
         progress.say(
-            f"stopped by {stop.received or 'another process'} and saved at step {step} of {train_steps}; "
-            "run the same command again to resume"
+            f"stopped by {stop.received or 'another process'} and saved at step {step} of "
+            f"{train_steps}; run the same command again to resume"
         )
     elif export_dir is not None and first:
         _export(export_dir, model, state, frozen)
@@ -241,35 +260,9 @@ def _check_vocabulary(registry: Any, mixture: str, model: Any) -> None:
         size = max(outputs[name].vocabulary.vocab_size for name in ("inputs", "targets"))
         if rows is not None and size > rows:
             raise ValueError(
-                f"the vocabulary of task {task!r} has {size} tokens, the base {rows} embeddings: train with the "
-                "vocabulary that the base was made with"
+                f"the vocabulary of task {task!r} has {size} tokens, the base {rows} embeddings: "
+                "train with the vocabulary that the base was made with"
             )
-
-
-def _added(trained: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    flat = traverse_util.flatten_dict(dict(trained), sep="/")
-    mine = {path: leaf for path, leaf in flat.items() if set(path.split("/")) & set(names)}
-    return traverse_util.unflatten_dict(mine, sep="/")
-
-
-def _start_from(
-    path: Any, metadata: Mapping[str, Any], fresh: Any, stored: Mapping[str, Any]
-) -> Any:
-    """The trained parameters of another checkpoint, widened where this run's feature space has more values."""
-    where = checkpoints.locate(path)
-    for part in ("method", "base"):
-        checkpoints.check_same(part, _no_bank(stored[part]), _no_bank(metadata[part]), where)
-    old, _, _ = checkpoints.load_trained(where)
-    if stored["method"] == metadata["method"]:
-        return old
-    return adapters.extend(old, stored["method"], fresh, metadata["method"])
-
-
-def _no_bank(part: Any) -> Any:
-    """A method without the lists of its modules, which follow from the feature space."""
-    if not isinstance(part, Mapping) or "rules" not in part:
-        return part
-    return {"rules": [{k: v for k, v in rule.items() if k != "bank"} for rule in part["rules"]]}
 
 
 def _describe(model: Any, layout: initialize.Layout) -> str:
@@ -312,7 +305,9 @@ def _export(folder: str, model: Any, state: TrainState, frozen: Any) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Reads flags and gin files, joins the job, trains. Errors in what the user wrote end in one line, not a trace."""
+    """Reads flags and gin files, joins the job, trains. Errors in what the user wrote end in one
+    line, not a trace.
+    """
     import gin
 
     try:

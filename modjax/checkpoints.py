@@ -5,14 +5,14 @@ A checkpoint MODEL_DIR/checkpoint_<step> has four parts, so that each reader tak
     trained/    the trained parameters (the adapters)
     optimizer/  the optimizer's state, the step, the rng
     data/       the position of the input, one folder per process
-    metadata/   JSON: method, feature space, fingerprint of the frozen base, operative gin config, versions
+    metadata/   JSON: method, feature space, fingerprint of the frozen base, operative gin config,
+    versions
 
 The frozen base is never written: its fingerprint is, and a checkpoint is refused on another base.
 `manifest.json` lists the files with their sizes, so that a truncated or missing one is named.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -29,19 +29,17 @@ from flax import traverse_util
 
 import modjax
 from modjax import errors
+from modjax.provenance import CheckpointError, check_same
 from modjax.trainer import TrainState
 
 FORMAT = 1
 PREFIX = "checkpoint"
 MANIFEST = "manifest.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read, or used for this run."""
+_AGAIN = ": copy it again, or delete this folder to use the checkpoint before it"
 
 
 class Positioned(Protocol):
-    """An input that can write and take back its position, see `modjax.data.pipeline.TrainIterator`."""
+    """An input that can write and take back its position, as `modjax.data` makes them."""
 
     def save(self, directory: Any) -> None: ...
 
@@ -77,60 +75,9 @@ class _DataArgs(ocp.args.CheckpointArgs):
     iterator: Positioned
 
 
-def fingerprint(frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a frozen base: a hash over names, shapes, dtypes and values, and a short one per array.
-
-    Args:
-      frozen: nested dict of host arrays, as loaded (before a change of dtype).
-
-    Returns:
-      {"digest": str, "arrays": {path: "float32[8,16] 1f3a..."}}.
-    """
-    whole = hashlib.sha256()
-    arrays = {}
-    for path, leaf in sorted(traverse_util.flatten_dict(dict(frozen), sep="/").items()):
-        value = np.ascontiguousarray(np.asarray(leaf))
-        digest = hashlib.sha256(value.reshape(-1).view(np.uint8)).hexdigest()
-        arrays[path] = f"{value.dtype}{list(value.shape)} {digest[:16]}".replace(", ", ",")
-        whole.update(f"{path} {value.dtype} {value.shape} {digest}\n".encode())
-    return {"digest": whole.hexdigest(), "arrays": arrays}
-
-
-def differences(stored: Any, current: Any, where: str = "") -> list[str]:
-    """One line per value in which two JSON values differ: 'rules/0/rank: 8 in the checkpoint, 4 in this run'."""
-    if isinstance(stored, Mapping) and isinstance(current, Mapping):
-        keys = [*stored, *(key for key in current if key not in stored)]
-        pairs = [(key, stored.get(key), current.get(key)) for key in keys]
-    elif isinstance(stored, list) and isinstance(current, list) and len(stored) == len(current):
-        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(stored, current, strict=True))]
-    else:
-        same = stored == current
-        return [] if same else [f"{where}: {stored!r} in the checkpoint, {current!r} in this run"]
-    lines = []
-    for key, old, new in pairs:
-        lines += differences(old, new, f"{where}/{key}" if where else str(key))
-    return lines
-
-
-def check_same(part: str, stored: Any, current: Any, path: Any) -> None:
-    """Refuses a checkpoint whose `part` ("method", "base", ...) is not this run's, and says what differs.
-
-    Raises:
-      CheckpointError: naming the checkpoint and the first differences.
-    """
-    lines = differences(json.loads(json.dumps(stored)), json.loads(json.dumps(current)))
-    lines = [line for line in lines if not line.startswith("digest:")] or lines
-    if lines:
-        more = f"\n  ... and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise CheckpointError(
-            f"the checkpoint {path} was made with another {part}:\n  "
-            + "\n  ".join(lines[:8])
-            + more
-        )
-
-
 def check_writable(model_dir: str | os.PathLike[str], needed_bytes: int = 0) -> None:
-    """Creates MODEL_DIR and writes a probe in it, so that a run fails before its first step and not at its first save.
+    """Creates MODEL_DIR and writes a probe in it, so that a run fails before its first step and not
+    at its first save.
 
     Raises:
       CheckpointError: if it cannot be created or written, or has less room than `needed_bytes`.
@@ -152,7 +99,9 @@ def check_writable(model_dir: str | os.PathLike[str], needed_bytes: int = 0) -> 
 
 
 def steps(model_dir: str | os.PathLike[str]) -> list[int]:
-    """The steps whose checkpoints are complete, ascending; a save that was cut short is not among them."""
+    """The steps whose checkpoints are complete, ascending; a save that was cut short is not among
+    them.
+    """
     folder = pathlib.Path(model_dir)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     found = [re.fullmatch(rf"{PREFIX}_(\d+)", name) for name in names]
@@ -160,7 +109,8 @@ def steps(model_dir: str | os.PathLike[str]) -> list[int]:
 
 
 def locate(path: str | os.PathLike[str], step: int | None = None) -> pathlib.Path:
-    """The folder of one checkpoint: `path` itself if it is one, else that of `step` (the latest one) in a MODEL_DIR.
+    """The folder of one checkpoint: `path` itself if it is one, else that of `step` (the latest
+    one) in a MODEL_DIR.
 
     Raises:
       CheckpointError: if there is none.
@@ -181,7 +131,8 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> pathlib.Pat
 
 
 def verify(checkpoint: pathlib.Path) -> None:
-    """Compares a checkpoint's files with its manifest, where it has one (a save cut short at the very end has none).
+    """Compares a checkpoint's files with its manifest, where it has one (a save cut short at the
+    very end has none).
 
     Raises:
       CheckpointError: names the first missing or truncated file.
@@ -196,14 +147,11 @@ def verify(checkpoint: pathlib.Path) -> None:
     for name, size in files.items():
         file = checkpoint / name
         if not file.exists():
-            raise CheckpointError(
-                f"the checkpoint {checkpoint} lacks the file {name}: copy it again, or delete this folder to use the "
-                "checkpoint before it"
-            )
+            raise CheckpointError(f"the checkpoint {checkpoint} lacks the file {name}{_AGAIN}")
         if file.stat().st_size != size:
             raise CheckpointError(
-                f"the checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes, not {size}: copy it "
-                "again, or delete this folder to use the checkpoint before it"
+                f"the checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes, "
+                f"not {size}{_AGAIN}"
             )
 
 
@@ -222,7 +170,8 @@ def read_metadata(path: str | os.PathLike[str], step: int | None = None) -> dict
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{checkpoint} has format {metadata.get('format')}, this modjax {modjax.__version__} reads {FORMAT}"
+            f"{checkpoint} has format {metadata.get('format')}, "
+            f"this modjax {modjax.__version__} reads {FORMAT}"
         )
     return metadata
 
@@ -279,7 +228,9 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: TrainState, iterator: Positioned) -> None:
-        """Copies the state to the host and the input's position to disk, then writes in the background."""
+        """Copies the state to the host and the input's position to disk, then writes in the
+        background.
+        """
         self.wait()
         flat = traverse_util.flatten_dict(state.trained, sep="/")
         described = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in flat.items()}

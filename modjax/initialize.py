@@ -1,7 +1,7 @@
 """Where a run's parameters come from: a base, fresh adapters, an earlier checkpoint.
 
-Every parameter has exactly one source. Nothing is taken at random because it was not found: a base that does not fit is
-an error that lists what differs.
+Every parameter has exactly one source. Nothing is taken at random because it was not found: a base
+that does not fit is an error that lists what differs.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from modjax import adapters, checkpoints, optimizers, partitioning
+from modjax import adapters, checkpoints, optimizers, partitioning, provenance
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
 
@@ -123,7 +123,9 @@ def take_base(wanted: Tree, base: Tree, adapter_names: Sequence[str], where: str
 
 
 def host_init(model: Any, batch: Mapping[str, Any], wanted: Tree, seed: int) -> Tree:
-    """The leaves of `wanted` as the model initialises them, host arrays that are the same in every process."""
+    """The leaves of `wanted` as the model initialises them, host arrays that are the same in every
+    process.
+    """
     keep = set(traverse_util.flatten_dict(wanted, sep="/"))
     if not keep:
         return {}
@@ -140,13 +142,14 @@ def host_init(model: Any, batch: Mapping[str, Any], wanted: Tree, seed: int) -> 
 def resolve_space(
     derived: FeatureSpace, stored: FeatureSpace, own: bool, where: Any
 ) -> FeatureSpace:
-    """The feature space of a run that continues a checkpoint: the checkpoint's ids, whatever the mixture's order is.
+    """The feature space of a run that continues a checkpoint: the checkpoint's ids, whatever the
+    mixture's order is.
 
     Args:
       derived: of the run's mixture.
       stored: of the checkpoint.
-      own: the checkpoint is the run's own, with an optimizer state that fits its space exactly; otherwise values that it
-        lacks are appended.
+      own: the checkpoint is the run's own, with an optimizer state that fits its space exactly;
+        otherwise values that it lacks are appended.
       where: the checkpoint, for messages.
 
     Raises:
@@ -154,8 +157,9 @@ def resolve_space(
     """
     for name in derived.names:
         if name not in stored.names:
-            raise checkpoints.CheckpointError(
-                f"the feature space of {where} has no feature {name!r}.{nearest(name, stored.names)}"
+            raise provenance.CheckpointError(
+                f"the feature space of {where} has no feature {name!r}."
+                + nearest(name, stored.names)
             )
     extended = stored.extend(dict(derived.features), derived.datasets)
     if own and extended != stored:
@@ -165,9 +169,9 @@ def resolve_space(
             for value in values
             if value not in stored.values(name)
         ] + [f"dataset {name!r}" for name in extended.datasets if name not in stored.datasets]
-        raise checkpoints.CheckpointError(
-            f"{where} was trained without {', '.join(new)}. To add them, start a run in a new MODEL_DIR with "
-            f"INITIAL_CHECKPOINT_PATH={str(where)!r}"
+        raise provenance.CheckpointError(
+            f"{where} was trained without {', '.join(new)}. To add them, start a run in a new "
+            f"MODEL_DIR with INITIAL_CHECKPOINT_PATH={str(where)!r}"
         )
     return extended
 
@@ -186,3 +190,32 @@ def to_dtype(tree: Tree, dtype: str | None) -> Tree:
         return x.astype(target) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x
 
     return jax.tree.map(cast, tree)
+
+
+def added(trained: Tree, names: Sequence[str]) -> Tree:
+    """The leaves of a tree that belong to the mixtures of these names."""
+    flat = traverse_util.flatten_dict(dict(trained), sep="/")
+    mine = {path: leaf for path, leaf in flat.items() if set(path.split("/")) & set(names)}
+    return traverse_util.unflatten_dict(mine, sep="/")
+
+
+def start_from(
+    path: Any, metadata: Mapping[str, Any], fresh: Any, stored: Mapping[str, Any]
+) -> Any:
+    """The trained parameters of another checkpoint, widened where this run's feature space has more
+    values.
+    """
+    where = checkpoints.locate(path)
+    for part in ("method", "base"):
+        provenance.check_same(part, _no_bank(stored[part]), _no_bank(metadata[part]), where)
+    old, _, _ = checkpoints.load_trained(where)
+    if stored["method"] == metadata["method"]:
+        return old
+    return adapters.extend(old, stored["method"], fresh, metadata["method"])
+
+
+def _no_bank(part: Any) -> Any:
+    """A method without the lists of its modules, which follow from the feature space."""
+    if not isinstance(part, Mapping) or "rules" not in part:
+        return part
+    return {"rules": [{k: v for k, v in rule.items() if k != "bank"} for rule in part["rules"]]}

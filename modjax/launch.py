@@ -1,6 +1,7 @@
 """What the entry points share: flags, gin files, and the processes of a multi-host job.
 
-Only `train.py` and `eval.py` import this module, and gin is imported when it is used: the core does without.
+Only `train.py` and `eval.py` import this module, and gin is imported when it is used: the core does
+without.
 """
 
 import argparse
@@ -50,7 +51,8 @@ class Flags:
     Attributes:
       gin_files: in the order given.
       bindings: "NAME = value", in the order given; they win over the files.
-      search_paths: where gin files are looked for, after the current folder and before `gin_configs`.
+      search_paths: where gin files are looked for, after the current folder and before
+        `gin_configs`.
       coordinator_address, process_count, process_index: of a multi-host job, else None.
     """
 
@@ -63,7 +65,8 @@ class Flags:
 
 
 def parse_flags(argv: Sequence[str], description: str) -> Flags:
-    """Reads --gin_file=F (repeated), --gin.NAME=VALUE, --gin_search_paths=A,B and the flags of multi-host jobs.
+    """Reads --gin_file=F (repeated), --gin.NAME=VALUE, --gin_search_paths=A,B and the flags of
+    multi-host jobs.
 
     Raises:
       ConfigError: an unknown flag.
@@ -118,15 +121,17 @@ def start_processes(flags: Flags) -> None:
 
 
 def load_gin(flags: Flags, entry: str) -> None:
-    """Parses the gin files in order and then the bindings, and checks the whole before anything runs.
+    """Parses the gin files in order and then the bindings, and checks the whole before anything
+    runs.
 
     Args:
       flags: the command line.
       entry: the entry point's module, "train" or "eval", which bindings may name.
 
     Raises:
-      ConfigError: a missing file, a name or parameter that does not exist, a macro that is used and not set, required and
-        not given, or set and not used. The message names it and the nearest known one.
+      ConfigError: a missing file, a name or parameter that does not exist, a macro that is used and
+        not set, required and not given, or set and not used. The message names it and the nearest
+        known one.
     """
     import gin
 
@@ -138,7 +143,8 @@ def load_gin(flags: Flags, entry: str) -> None:
     files = [_find(name, folders) for name in flags.gin_files]
     imports = {entry: f"import {entry}", **_IMPORTS}
     bindings = ["from __gin__ import dynamic_registration", *imports.values(), *flags.bindings]
-    # gin reports each folder in which an included file does not lie; whether it lies nowhere, the exception says.
+    # gin reports each folder in which an included file does not lie; whether it lies nowhere, the
+    # exception says.
     root = logging.getLogger()
     root.addFilter(_is_not_path_miss)
     try:
@@ -168,7 +174,8 @@ def _find(name: str, folders: Iterable[str]) -> str:
         if root.is_dir() and (root == CONFIGS or root != pathlib.Path.cwd()):
             known += [str(path.relative_to(root)) for path in sorted(root.rglob("*.gin"))]
     raise ConfigError(
-        f"no gin file {name!r} in {', '.join(folders)}.{nearest(name, list(dict.fromkeys(known)), 40)}"
+        f"no gin file {name!r} in {', '.join(folders)}."
+        + nearest(name, list(dict.fromkeys(known)), 40)
     )
 
 
@@ -267,7 +274,8 @@ def config_of(
     remat_policy: str = "none",
     dtype: str = "float32",
 ) -> Any:
-    """The configuration of the network whose weights lie in a folder, and what a run chooses beside it.
+    """The configuration of the network whose weights lie in a folder, and what a run chooses beside
+    it.
 
     Args:
       path: a folder as `modjax.hub.load_base` reads it.

@@ -1,7 +1,7 @@
 """What a run says while it trains: JSON lines, TensorBoard, and a line of progress on the terminal.
 
-Only process 0 writes. The JSON lines are the record that reports read; a resumed run cuts off the lines after the step
-it resumes from, so that each step is there once.
+Only process 0 writes. The JSON lines are the record that reports read; a resumed run cuts off the
+lines after the step it resumes from, so that each step is there once.
 """
 
 import json
@@ -14,12 +14,14 @@ from typing import Any, TextIO
 
 
 def summarize(sums: Mapping[str, float]) -> dict[str, float]:
-    """Turns sums over steps, as `trainer.fit` logs them, into figures per token, per step and per second.
+    """Turns sums over steps, as `trainer.fit` logs them, into figures per token, per step and per
+    second.
 
     Returns:
-      loss (nats per target token), accuracy (share of target tokens, 0-1), learning_rate, grad_norm (mean), tokens_per_second
-      (non-padding, encoder and decoder), steps_per_second, padding (share of positions, 0-1), seconds (since the last
-      line), and z_loss where there is one. A figure whose sums are missing is left out.
+      loss (nats per target token), accuracy (share of target tokens, 0-1), learning_rate, grad_norm
+      (mean), tokens_per_second (non-padding, encoder and decoder), steps_per_second, padding (share
+      of positions, 0-1), seconds (since the last line), and z_loss where there is one. A figure
+      whose sums are missing is left out.
     """
     figures = {name: value for name, value in sums.items() if name.startswith("learning_rate")}
     weight = max(sums.get("weight", 0.0), 1e-9)
@@ -46,7 +48,8 @@ class MetricWriter:
       folder: created if needed.
       enabled: False in all processes but the first: then nothing is written.
       tensorboard: whether event files are written (needs the package tensorboardX).
-      resume_step: lines after this step, left by a run that ended later than its last checkpoint, are dropped.
+      resume_step: lines after this step, left by a run that ended later than its last checkpoint,
+        are dropped.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class Progress:
     def __init__(
         self, total: int, start: int = 0, enabled: bool = True, stream: TextIO | None = None
     ):
-        self._total, self._start, self._step = total, start, start
+        self._total, self._step = total, start
         self._stream = stream if stream is not None else sys.stderr
         self._enabled = enabled
         self._clock = time.monotonic()
@@ -133,11 +136,12 @@ class Progress:
             self._bar.update(step - self._step)
             self._bar.set_postfix({k: f"{figures[k]:.4g}" for k in _SHOWN if k in figures})
         else:
-            per_step = (time.monotonic() - self._clock) / max(step - self._start, 1)
+            # From the last line alone: the first one also holds the compilation.
+            per_step = (time.monotonic() - self._clock) / max(step - self._step, 1)
             shown = "  ".join(f"{k} {figures[k]:.4g}" for k in _SHOWN if k in figures)
             left = duration(per_step * (self._total - step))
             print(f"step {step}/{self._total}  {shown}  ETA {left}", file=self._stream, flush=True)
-        self._step = step
+        self._step, self._clock = step, time.monotonic()
 
     def say(self, text: str) -> None:
         """A message between the lines or above the bar."""
@@ -167,7 +171,8 @@ def duration(seconds: float) -> str:
 
 
 def parameter_table(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
-    """The text of model-info.txt: one line per parameter (path, shape, dtype, trained or frozen), then the totals.
+    """The text of model-info.txt: one line per parameter (path, shape, dtype, trained or frozen),
+    then the totals.
 
     Args:
       trained: {path: array or shape}.
@@ -187,6 +192,7 @@ def parameter_table(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> st
     total = counts["trained"] + counts["frozen"]
     share = 100 * counts["trained"] / total
     lines.append(
-        f"trained {counts['trained']:,} of {total:,} parameters ({share:.3g} %), frozen {counts['frozen']:,}"
+        f"trained {counts['trained']:,} of {total:,} parameters ({share:.3g} %), "
+        f"frozen {counts['frozen']:,}"
     )
     return "\n".join(lines) + "\n"

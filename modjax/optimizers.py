@@ -1,10 +1,12 @@
 """Which parameters train, by which algorithm, at which rate.
 
-An `Optimizer` is a description (an algorithm, a schedule, decay, clipping, an ordered list of groups). `select` divides a
-parameter tree by the groups in a trained and a frozen part; `Optimizer.build` makes the optax transformation of the
-trained part. The frozen part never meets optax: it has no state and no gradient.
+An `Optimizer` is a description (an algorithm, a schedule, decay, clipping, an ordered list of
+groups). `select` divides a parameter tree by the groups in a trained and a frozen part;
+`Optimizer.build` makes the optax transformation of the trained part. The frozen part never meets
+optax: it has no state and no gradient.
 
-Trees are nested dicts; a path is its keys joined with "/", as in "encoder/layers_0/attention/query/lora/a".
+Trees are nested dicts; a path is its keys joined with "/", as in
+"encoder/layers_0/attention/query/lora/a".
 """
 
 import dataclasses
@@ -33,16 +35,20 @@ def schedule(
     final: float = 0.0,
     hold: float = 0,
 ) -> Schedule:
-    """A learning rate as a function of the step (0-based): linear warm-up from 0 to `peak`, then a decay.
+    """A learning rate as a function of the step (0-based): linear warm-up from 0 to `peak`, then a
+    decay.
 
     Args:
       peak: the rate at the end of the warm-up.
       warmup: how many steps the warm-up takes; a number below 1 is a share of `total_steps`.
-      decay: "constant"; "linear" or "cosine" to `final` at `total_steps`; "rsqrt", peak * sqrt(warmup / step).
-      total_steps: steps of the whole run; needed by "linear", "cosine" and a warm-up given as a share.
+      decay: "constant"; "linear" or "cosine" to `final` at `total_steps`; "rsqrt", peak *
+        sqrt(warmup / step).
+      total_steps: steps of the whole run; needed by "linear", "cosine" and a warm-up given as a
+        share.
       final: the rate at `total_steps`.
-      hold: until when, warm-up included, the rate stays at `peak` before a linear or cosine decay; a number below 1 is
-        a share of `total_steps`. While it lasts, the length of the run can still be changed.
+      hold: until when, warm-up included, the rate stays at `peak` before a linear or cosine decay;
+        a number below 1 is a share of `total_steps`. While it lasts, the length of the run can
+        still be changed.
 
     Raises:
       ValueError: an unknown decay, a missing `total_steps`, or a warm-up longer than the run.
@@ -55,9 +61,13 @@ def schedule(
             f"schedule(decay={decay!r}, warmup={warmup}) needs total_steps, the run's length"
         )
     steps = round(warmup * (total_steps or 0)) if 0 < warmup < 1 else int(warmup)
-    if steps < 0 or (total_steps is not None and needs_total and steps > total_steps):
+    if steps < 0 or (total_steps is not None and 0 < total_steps < steps):
         raise ValueError(f"the warm-up of {steps} steps does not fit in {total_steps} steps")
     start = max(steps, hold * (total_steps or 0) if 0 < hold < 1 else hold)
+    if decay in ("linear", "cosine") and start >= (total_steps or 0):
+        raise ValueError(
+            f"warm-up and hold take {start:g} of {total_steps} steps: nothing is left for the decay"
+        )
     span = max((total_steps or 0) - start, 1)
 
     def rate(step: jax.Array) -> jax.Array:
@@ -88,9 +98,11 @@ def adafactor(
     min_dim_size_to_factor: int = 128,
     eps: float = 1e-30,
 ) -> optax.GradientTransformation:
-    """Adafactor's direction (arXiv 1804.04235), defaults as T5: factored second moment, update clipping, scaled by RMS.
+    """Adafactor's direction (arXiv 1804.04235), defaults as T5: factored second moment, update
+    clipping, scaled by RMS.
 
-    Turn `multiply_by_parameter_scale` off for adapters whose zero start is not their scale (methods.md's recipes do).
+    Turn `multiply_by_parameter_scale` off for adapters whose zero start is not their scale
+    (methods.md's recipes do).
     """
     steps = [
         optax.scale_by_factored_rms(
@@ -108,7 +120,8 @@ def adafactor(
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Parameters whose whole path matches `pattern`, and how they are treated; the first group that matches decides.
+    """Parameters whose whole path matches `pattern`, and how they are treated; the first group that
+    matches decides.
 
     Attributes:
       pattern: regular expression over the whole path.
@@ -129,8 +142,8 @@ def assign(groups: Sequence[Group], paths: Collection[str]) -> dict[str, int]:
     """Gives each path the index of the first group whose pattern matches it.
 
     Raises:
-      ValueError: a pattern that is not a regular expression, one that matches no path (or none that an earlier group
-        left; a closing ".*" may be left empty), or a path that no group covers.
+      ValueError: a pattern that is not a regular expression, one that matches no path (or none that
+        an earlier group left; a closing ".*" may be left empty), or a path that no group covers.
     """
     owners: dict[str, int] = {}
     for index, group in enumerate(groups):
@@ -204,10 +217,12 @@ class Optimizer:
     """A description of how the trained parameters are updated.
 
     Attributes:
-      algorithm: the direction of the update, `adamw()` or `adafactor()`, or any optax transformation without a rate.
+      algorithm: the direction of the update, `adamw()` or `adafactor()`, or any optax
+        transformation without a rate.
       learning_rate: a number or a schedule.
       weight_decay: decoupled decay, multiplied by the learning rate (arXiv 1711.05101).
-      no_decay: regular expression; paths it is found in do not decay: norms, biases and position biases by default.
+      no_decay: regular expression; paths it is found in do not decay: norms, biases and position
+        biases by default.
       clip_norm: gradients of larger global norm over all trained parameters are scaled down to it.
       groups: see `Group`; empty means that the adapters train.
     """
@@ -220,7 +235,9 @@ class Optimizer:
     groups: Sequence[Group] = ()
 
     def build(self, trained: Params) -> optax.GradientTransformation:
-        """The optax transformation for a trained tree, as `select` gives it (only its paths are looked at)."""
+        """The optax transformation for a trained tree, as `select` gives it (only its paths are
+        looked at).
+        """
         paths = list(traverse_util.flatten_dict(dict(trained), sep="/"))
         if len(self.groups) < 2:
             group = self.groups[0] if self.groups else Group(".*")
@@ -241,7 +258,9 @@ class Optimizer:
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), update)
 
     def rates(self, step: jax.Array) -> dict[str, jax.Array]:
-        """The learning rate at a step, one per trained group: {"learning_rate": [], "learning_rate/1": [], ...}."""
+        """The learning rate at a step, one per trained group: {"learning_rate": [],
+        "learning_rate/1": [], ...}.
+        """
         groups = [group for group in self.groups if group.train] or [Group(".*")]
         return {
             "learning_rate" if i == 0 else f"learning_rate/{i}": self._rate(group)(step)

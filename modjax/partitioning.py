@@ -1,7 +1,9 @@
-"""Where arrays live: a device mesh with the axes "data" and "model", and the rules that place parameters on it.
+"""Where arrays live: a device mesh with the axes "data" and "model", and the rules that place
+parameters on it.
 
-Parameters name their dimensions by logical axes ("embed", "mlp", ...); `RULES` says which mesh axis each is divided
-over. A batch is divided over "data". Adapters carry the names of the kernel they adapt, so they follow it.
+Parameters name their dimensions by logical axes ("embed", "mlp", ...); `RULES` says which mesh axis
+each is divided over. A batch is divided over "data". Adapters carry the names of the kernel they
+adapt, so they follow it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,8 @@ RULES: Rules = (
 
 
 def make_mesh(model_parallel: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh ("data", "model") of all devices of all processes, `model_parallel` of them along "model".
+    """A mesh ("data", "model") of all devices of all processes, `model_parallel` of them along
+    "model".
 
     Raises:
       ValueError: if the devices cannot be divided so.
@@ -52,7 +55,8 @@ def spec(
 ) -> PartitionSpec:
     """The partition of one array by the logical names of its dimensions.
 
-    A dimension stays whole where its mesh axis is already used by an earlier dimension or does not divide it.
+    A dimension stays whole where its mesh axis is already used by an earlier dimension or does not
+    divide it.
 
     Raises:
       ValueError: a name without a rule, or not one name per dimension.
@@ -72,7 +76,9 @@ def spec(
 
 
 def flat_axes(params_axes: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
-    """The `params_axes` collection of a Flax network as {path of the parameter: names of its dimensions}."""
+    """The `params_axes` collection of a Flax network as {path of the parameter: names of its
+    dimensions}.
+    """
     is_leaf = lambda path, value: hasattr(value, "names")  # noqa: E731
     flat = traverse_util.flatten_dict(dict(params_axes), sep="/", is_leaf=is_leaf)
     return {
@@ -104,7 +110,8 @@ def shardings(
 def like_params(
     state: Any, params: Mapping[str, Any], placed: Mapping[str, Any], mesh: Mesh
 ) -> Any:
-    """Shardings for an optimizer state: leaves that mirror a parameter (same path and shape) follow it.
+    """Shardings for an optimizer state: leaves that mirror a parameter (same path and shape) follow
+    it.
 
     Args:
       state: shapes of the optimizer's state (any pytree).
@@ -130,7 +137,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises a ValueError where a global batch cannot be divided over the mesh, the processes and the microbatches."""
+    """Raises a ValueError where a global batch cannot be divided over the mesh, the processes and
+    the microbatches.
+    """
     share = mesh.shape["data"] * microbatches
     if batch_size < 1 or microbatches < 1 or batch_size % share:
         raise ValueError(
@@ -144,7 +153,9 @@ def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows [B / processes, ...] on its devices; the result is the global batch [B, ...]."""
+    """Puts this process's rows [B / processes, ...] on its devices; the result is the global batch
+    [B, ...].
+    """
     home = NamedSharding(mesh, PartitionSpec("data"))
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), home)

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from modjax import checkpoints, optimizers, partitioning, trainer
+from modjax import checkpoints, loop, optimizers, partitioning, provenance, trainer
 
 METADATA = {
     "method": {"rules": [{"pattern": ".*/query", "rank": 4}]},
     "space": {"version": 1, "features": [["language", ["en", "sw"]]]},
-    "base": checkpoints.fingerprint({"base": {"kernel": np.ones((8, 16), np.float32)}}),
+    "base": provenance.fingerprint({"base": {"kernel": np.ones((8, 16), np.float32)}}),
     "gin": "TRAIN_STEPS = 3",
 }
 
@@ -72,7 +72,7 @@ def run(made, folder, steps, save_every=0, metadata=METADATA):
     checkpointer = checkpoints.Checkpointer(folder, metadata)
     if known:
         state = checkpointer.restore(known[-1], state, batches)
-    state, _ = trainer.fit(
+    state, _ = loop.fit(
         trainer_,
         state,
         frozen,
@@ -175,7 +175,7 @@ def test_a_save_that_was_cut_short_is_not_taken_for_a_checkpoint(made, damaged):
         ),
         (
             "base",
-            checkpoints.fingerprint({"base": {"kernel": np.full((8, 16), 2, np.float32)}}),
+            provenance.fingerprint({"base": {"kernel": np.full((8, 16), 2, np.float32)}}),
             "another base:\n  arrays/base/kernel: ",
         ),
         (
@@ -235,11 +235,11 @@ def test_a_fingerprint_tells_names_shapes_dtypes_and_values_apart():
         {"a": {"kernel": kernel.view(np.int32)}},
         {"a": {"kernel": kernel + np.float32(1e-6)}},
     ]
-    digest = checkpoints.fingerprint(base)["digest"]
-    assert checkpoints.fingerprint({"a": {"kernel": kernel.copy()}})["digest"] == digest
-    assert digest not in [checkpoints.fingerprint(other)["digest"] for other in others]
+    digest = provenance.fingerprint(base)["digest"]
+    assert provenance.fingerprint({"a": {"kernel": kernel.copy()}})["digest"] == digest
+    assert digest not in [provenance.fingerprint(other)["digest"] for other in others]
     bfloat16 = {"a": {"kernel": jnp.asarray(kernel, jnp.bfloat16)}}
-    assert checkpoints.fingerprint(bfloat16)["arrays"]["a/kernel"].startswith("bfloat16[2,3] ")
+    assert provenance.fingerprint(bfloat16)["arrays"]["a/kernel"].startswith("bfloat16[2,3] ")
 
 
 def test_a_model_dir_that_cannot_be_written_fails_at_once(tmp_path, monkeypatch):

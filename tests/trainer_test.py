@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax import partitioning, trainer
+from modjax import loop, partitioning
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "testdata"))
 from tower import Batches, Model, make, run  # noqa: E402
@@ -24,7 +24,7 @@ def test_only_the_trained_part_changes_and_only_it_has_optimizer_state():
     made, state, frozen, params = make()
     mirrored = [x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert sorted(mirrored) == sorted([(16, 4), (4,)] * 2)
-    state, _ = trainer.fit(made, state, frozen, Batches(), 3)
+    state, _ = loop.fit(made, state, frozen, Batches(), 3)
     assert_trees_close(frozen["base"], params["base"], rtol=0)
     moved = np.abs(np.asarray(state.trained["adapter"]["kernel"] - params["adapter"]["kernel"]))
     assert moved.min() > 0
@@ -49,7 +49,7 @@ def test_microbatches_give_the_update_of_the_one_big_batch(mean):
 
 def test_a_step_moves_nothing_between_host_and_device():
     made, state, frozen, _ = make()
-    state, _ = trainer.fit(made, state, frozen, Batches(), 1)  # compiles
+    state, _ = loop.fit(made, state, frozen, Batches(), 1)  # compiles
     step_of = made.train_step
 
     def guarded(*args):
@@ -57,7 +57,7 @@ def test_a_step_moves_nothing_between_host_and_device():
             return step_of(*args)
 
     made.train_step = guarded
-    state, step = trainer.fit(made, state, frozen, Batches(), 4, log_every=1, log=lambda *_: 0)
+    state, step = loop.fit(made, state, frozen, Batches(), 4, log_every=1, log=lambda *_: 0)
     assert step == 4
     with pytest.raises(Exception, match="Disallowed host-to-device"):
         guarded(state, frozen, next(Batches()), np.zeros(1, np.int32))
@@ -65,7 +65,7 @@ def test_a_step_moves_nothing_between_host_and_device():
 
 def test_the_state_is_donated():
     made, state, frozen, _ = make()
-    trainer.fit(made, state, frozen, Batches(), 1)
+    loop.fit(made, state, frozen, Batches(), 1)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
 
 
@@ -73,13 +73,13 @@ def test_dropout_of_a_step_depends_on_the_seed_and_the_step_alone():
     model = Model(dropout=True)
     made, state, frozen, _ = make(model)
     batches = Batches()
-    state, _ = trainer.fit(made, state, frozen, batches, 2)
+    state, _ = loop.fit(made, state, frozen, batches, 2)
     kept = jax.device_get(state)
-    whole, _ = trainer.fit(made, state, frozen, batches, 4)
+    whole, _ = loop.fit(made, state, frozen, batches, 4)
     state = partitioning.place(kept, made.state_sharding)
     batches = Batches()
     batches.position = 2
-    again, _ = trainer.fit(made, state, frozen, batches, 4)
+    again, _ = loop.fit(made, state, frozen, batches, 4)
     assert_trees_close(jax.device_get(again.trained), jax.device_get(whole.trained), rtol=0)
 
 
@@ -87,8 +87,8 @@ def test_dropout_of_a_step_depends_on_the_seed_and_the_step_alone():
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_at_which_step(bad_at):
     made, state, frozen, _ = make()
     saved = []
-    with pytest.raises(trainer.NonFiniteLossError, match=f"not finite at step {bad_at};") as error:
-        trainer.fit(
+    with pytest.raises(loop.NonFiniteLossError, match=f"not finite at step {bad_at};") as error:
+        loop.fit(
             made,
             state,
             frozen,
@@ -104,9 +104,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_at_which_step(bad_at):
 def test_log_lines_sum_exactly_the_steps_since_the_last_one():
     lines = []
     made, state, frozen, _ = make()
-    trainer.fit(
-        made, state, frozen, Batches(), 7, log_every=3, log=lambda *line: lines.append(line)
-    )
+    loop.fit(made, state, frozen, Batches(), 7, log_every=3, log=lambda *line: lines.append(line))
     batches = Batches()
     weights = [float(next(batches)["w"].sum()) for _ in range(6)]
     assert [(step, sums["steps"], sums["weight"]) for step, sums in lines] == [
@@ -118,7 +116,7 @@ def test_log_lines_sum_exactly_the_steps_since_the_last_one():
 def test_an_input_that_ends_too_early_is_an_error():
     made, state, frozen, _ = make()
     with pytest.raises(ValueError, match="input ended at step 2 of 5"):
-        trainer.fit(made, state, frozen, iter([next(Batches()), next(Batches())]), 5)
+        loop.fit(made, state, frozen, iter([next(Batches()), next(Batches())]), 5)
 
 
 def test_a_signal_saves_and_stops_after_the_step_it_came_in():
@@ -132,8 +130,8 @@ def test_a_signal_saves_and_stops_after_the_step_it_came_in():
             return super().__next__()
 
     before = signal.getsignal(signal.SIGTERM)
-    with trainer.StopSignal() as stop:
-        state, step = trainer.fit(
+    with loop.StopSignal() as stop:
+        state, step = loop.fit(
             made,
             state,
             frozen,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax import optimizers, partitioning, trainer
+from modjax import loop, optimizers, partitioning, trainer
 
 
 class Tower(nn.Module):
@@ -85,5 +85,5 @@ def make(model=None, devices=None, model_parallel=1, microbatches=1, rate=1e-2, 
 
 def run(steps=3, batches=None, **options):
     made, state, frozen, params = make(**options)
-    state, _ = trainer.fit(made, state, frozen, batches or Batches(), steps)
+    state, _ = loop.fit(made, state, frozen, batches or Batches(), steps)
     return jax.device_get(state.trained), frozen, params

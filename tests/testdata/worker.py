@@ -7,7 +7,7 @@ import numpy as np
 from flax import traverse_util
 from tower import Batches, make
 
-from modjax import checkpoints, trainer
+from modjax import checkpoints, loop
 
 folder, mode, *job = sys.argv[1:]
 if job:
@@ -28,7 +28,7 @@ def keep(step, state):
         results[f"{step}/{path}"] = np.asarray(whole)
 
 
-class Asked(trainer.StopSignal):
+class Asked(loop.StopSignal):
     """Process 1 alone is asked to stop, when its third batch is read."""
 
     @property
@@ -58,15 +58,15 @@ if mode == "asked_to_stop":
     def save(step, state):
         checkpointer.save(step, state, batches)
 
-    state, stopped = trainer.fit(made, state, frozen, batches, 100, save=save, stop=Asked())
+    state, stopped = loop.fit(made, state, frozen, batches, 100, save=save, stop=Asked())
     checkpointer.wait()
     results["stopped_at"], results["saved"] = stopped, checkpoints.steps(folder)[-1]
     batches = Batches()
     state = checkpointer.restore(stopped, make(**options)[1], batches)
     checkpointer.close()
-    state, _ = trainer.fit(made, state, frozen, batches, 9)
+    state, _ = loop.fit(made, state, frozen, batches, 9)
     keep(9, state)
 else:
-    trainer.fit(made, state, frozen, batches, 9, save_every=3, save=keep)
+    loop.fit(made, state, frozen, batches, 9, save_every=3, save=keep)
     results = {k: v for k, v in results.items() if not k.startswith("6")}
 np.savez(f"{name}.npz", **results)

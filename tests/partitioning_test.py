@@ -1,0 +1,62 @@
+"""Names of dimensions become places on a mesh."""
+
+import jax
+import numpy as np
+import pytest
+from flax.linen.partitioning import AxisMetadata
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from modjax import partitioning
+
+MESH = AbstractMesh((4, 2), ("data", "model"))
+
+
+def test_parameters_are_divided_by_the_names_of_their_dimensions():
+    assert partitioning.spec(("embed", "mlp"), (8, 16), MESH) == PartitionSpec(None, "model")
+    assert partitioning.spec((None, "rank"), (8, 16), MESH) == PartitionSpec(None, None)
+    # One mesh axis divides one dimension only, and only evenly.
+    assert partitioning.spec(("vocab", "mlp"), (8, 16), MESH) == PartitionSpec("model", None)
+    assert partitioning.spec(("vocab", "mlp"), (7, 16), MESH) == PartitionSpec(None, "model")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("embed", "mpl"), "axis 'mpl'. Did you mean 'mlp'"), (("embed",), "1 axis names")],
+)
+def test_unknown_axis_names_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        partitioning.spec(names, (8, 16), MESH)
+
+
+def test_a_networks_axes_are_read_by_path():
+    collection = {"encoder": {"query": {"kernel_axes": AxisMetadata(("embed", "joined_kv"))}}}
+    axes = partitioning.flat_axes(collection)
+    assert axes == {"encoder/query/kernel": ("embed", "joined_kv")}
+    mesh = partitioning.make_mesh(1, jax.devices()[:1])
+    tree = {"encoder": {"query": {"kernel": np.ones((4, 6)), "bias": np.ones(6)}}}
+    homes = partitioning.shardings(tree, axes, mesh)
+    assert homes["encoder"]["query"]["kernel"].spec == PartitionSpec(None, "model")
+    assert homes["encoder"]["query"]["bias"].spec == PartitionSpec()
+    with pytest.raises(ValueError, match="parameter encoder/query/kernel: 3 axis names"):
+        partitioning.shardings(tree, {"encoder/query/kernel": ("a", "b", "c")}, mesh)
+
+
+def test_devices_that_do_not_divide_are_refused():
+    with pytest.raises(
+        ValueError, match="1 devices cannot be divided in groups of model_parallel=2"
+    ):
+        partitioning.make_mesh(2, jax.devices()[:1])
+    with pytest.raises(ValueError, match="model_parallel=0"):
+        partitioning.make_mesh(0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "microbatches", "fits"),
+    [(8, 1, True), (8, 2, True), (6, 1, False), (8, 4, False), (0, 1, False), (8, 0, False)],
+)
+def test_a_batch_must_divide_over_devices_and_microbatches(batch, microbatches, fits):
+    if fits:
+        partitioning.check_batch(batch, MESH, microbatches)
+    else:
+        with pytest.raises(ValueError, match=f"the batch of {batch} does not divide"):
+            partitioning.check_batch(batch, MESH, microbatches)
