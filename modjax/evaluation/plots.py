@@ -47,7 +47,7 @@ def dash(style: int) -> str:
 
 def bars(groups: Sequence[tuple[str, Sequence[Bar]]], label: str) -> str:
     """Horizontal bars from 0 to 100 in titled groups, with whiskers from lowest to highest seed."""
-    left, right, width = 104, 40, 380
+    left, right, width = 118, 40, 390
     scale = (width - left - right) / 100
     parts, y = [], 0.0
     for name, some in groups:
@@ -58,7 +58,7 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], label: str) -> str:
             tip = f"{bar.label}: {bar.value:.1f} ({bar.low:.1f} to {bar.high:.1f} over seeds)"
             length = max(bar.value * scale, 1.0)
             parts.append(f"<g><title>{html.escape(tip)}</title>")
-            parts.append(_text(left - 8, middle + 4, bar.label, "end", limit=15))
+            parts.append(_text(left - 8, middle + 4, bar.label, "end", limit=17))
             track = f'x="{left}" y="{y}" width="{100 * scale:.1f}" height="16"'
             parts.append(f'<rect class="track" {track}/>')
             parts.append(
