@@ -147,6 +147,7 @@ def train(
         "base": provenance.fingerprint(frozen),
         "mixture": mixture_or_task_name,
         "name": method,
+        "seed": random_seed,
         "gin": operative_config(),
     }
     frozen = initialize.to_dtype(frozen, base_dtype)

@@ -1,0 +1,234 @@
+"""Evaluates a checkpoint on the datasets of a mixture: predictions, results.json and a report.
+
+    python eval.py --gin_file=bases/t5_small.gin --gin_file=methods/flix.gin \\
+        --gin_file=runs/eval.gin \\
+        --gin.MIXTURE_OR_TASK_NAME="'my_eval_mixture'" --gin.MIXTURE_OR_TASK_MODULE="'my.tasks'" \\
+        --gin.TASK_FEATURE_LENGTHS="{'inputs': 128, 'targets': 64}" \\
+        --gin.BASE="'weights/t5_small'" --gin.CHECKPOINT_PATH="'runs/first'" \\
+        --gin.EVAL_OUTPUT_DIR="'runs/first/eval'"
+
+Results of other runs join the report by COMPARE_WITH, a list of their EVAL_OUTPUT_DIRs.
+"""
+
+import datetime
+import importlib
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from modjax import checkpoints, initialize, launch, partitioning
+from modjax.features import FeatureSpace
+
+RUN = "run.json"
+
+
+def evaluate(
+    model: Any,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    eval_output_dir: str,
+    base: str | None,
+    checkpoint_path: str | None,
+    *,
+    method: str = "",
+    split: str = "test",
+    mixture_or_task_module: str | Sequence[str] | None = None,
+    train_mixture: str | None = None,
+    seed: int | None = None,
+    random_seed: int = 0,
+    max_examples: int | None = None,
+    switch_off: Mapping[str, Sequence[str]] | None = None,
+    unknown: str = "none",
+    use_cached_tasks: bool = False,
+    compare_with: Sequence[str] = (),
+    model_parallel: int = 1,
+    write_report: bool = True,
+    operative_config: Callable[[], str] = str,
+) -> list[dict[str, Any]]:
+    """Predicts, scores, writes, and returns the rows of results.json.
+
+    Args:
+      model: of the checkpoint's method; how it decodes is part of it.
+      mixture_or_task_name: what is evaluated.
+      task_feature_lengths: {"inputs": L, "targets": L} in tokens; predictions have at most as many
+        tokens as targets.
+      batch_size: rows of a batch.
+      eval_output_dir: gets predictions/DATASET.jsonl, results.json, run.json, report.md and .html.
+      base: the folder of the base's weights; None if the checkpoint holds everything.
+      checkpoint_path: a checkpoint, or a MODEL_DIR, whose latest one is taken; None to evaluate
+        the base itself.
+      method: the name of the results, that of the checkpoint if empty.
+      split: which split of each task.
+      train_mixture: decides which datasets were seen; the checkpoint's own if None.
+      seed: of the trained run, for the results; the checkpoint's own if None.
+      random_seed: of sampling.
+      max_examples: of each dataset, the first so many; all if None.
+      switch_off: setting -> features that are none there, as {"unseen_pair": ("language",)}.
+      unknown: a value that the checkpoint's feature space lacks is "none" or an "error".
+      compare_with: folders of earlier evaluations whose results join the report.
+
+    Raises:
+      CheckpointError: damaged, or of another method or base.
+      ValueError: names, lengths or batch sizes that do not fit.
+    """
+    from modjax import hub
+    from modjax.data import registry
+    from modjax.evaluation import predict, report, results, runner
+
+    first = jax.process_index() == 0
+    launch.import_tasks(mixture_or_task_module)
+    mesh = partitioning.make_mesh(model_parallel)
+    partitioning.check_batch(batch_size, mesh)
+    checkpoints.check_writable(eval_output_dir)
+    tasks = registry.tasks_of(mixture_or_task_name)
+
+    # The model as it was trained, with the names of its own feature space.
+    scan = bool(getattr(getattr(model.network, "config", None), "scan_layers", False))
+    weights = hub.load_base(base, scan_layers=scan)[1] if base else None
+    if checkpoint_path is None:
+        if model.adapted is not None or weights is None:
+            raise ValueError(
+                "CHECKPOINT_PATH is not set, so the base itself is evaluated: "
+                "use methods/full.gin and set BASE."
+            )
+        space, params = FeatureSpace((), tuple(tasks)), weights
+        metadata: dict[str, Any] = {"name": "base", "seed": 0, "mixture": None}
+        step = 0
+    else:
+        model, params, metadata, step = initialize.restore(
+            model,
+            checkpoint_path,
+            weights,
+            lambda space: initialize.example_batch(task_feature_lengths, space),
+        )
+        space = FeatureSpace.from_json(metadata["space"])
+    params = jax.device_put(params, partitioning.replicated(mesh))
+
+    trained_on = train_mixture or metadata["mixture"]
+    if trained_on is None:
+        settings = dict.fromkeys(tasks, "unseen_task")
+    else:
+        settings = registry.seen_settings(trained_on, mixture_or_task_name)
+    examples = runner.read(
+        mixture_or_task_name,
+        split,
+        space,
+        task_feature_lengths=task_feature_lengths,
+        unknown=unknown,
+        max_examples=max_examples,
+        use_cached=use_cached_tasks,
+    )
+    found = runner.evaluate(
+        predict.predictor(model, params, mesh, seed=random_seed),
+        examples,
+        settings,
+        method=method or metadata["name"] or "unnamed",
+        seed=metadata.get("seed", 0) if seed is None else seed,
+        batch_size=batch_size,
+        switch_off=switch_off,
+    )
+    if not first:
+        return found.rows
+
+    # Files last, each whole or not at all.
+    folder = pathlib.Path(eval_output_dir)
+    (folder / "predictions").mkdir(parents=True, exist_ok=True)
+    for dataset, predictions in found.predictions.items():
+        lines = (json.dumps(p, ensure_ascii=False) for p in predictions)
+        results.write_text(folder / "predictions" / f"{dataset}.jsonl", "\n".join(lines) + "\n")
+    trimmed = {name: count for name, count in found.trimmed.items() if count}
+    run = {
+        "checkpoint": checkpoint_path and str(checkpoints.locate(checkpoint_path)),
+        "step": step,
+        "method": found.rows[0]["method"],
+        "seed": found.rows[0]["seed"],
+        "mixture": mixture_or_task_name,
+        "split": split,
+        "switched off": {k: list(v) for k, v in (switch_off or {}).items()},
+        "examples over the length limit": trimmed,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "command": shlex.join(sys.argv),
+    }
+    results.write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+    results.write_text(folder / "config.gin", operative_config())
+    results.write(folder / "results.json", found.rows)
+    if trimmed:
+        print(f"cut to the length limit: {trimmed}; raise TASK_FEATURE_LENGTHS to keep them whole")
+    if write_report:
+        rows = compare([*compare_with, eval_output_dir], eval_output_dir)
+        print(report.table(rows))
+        print(f"wrote {folder / 'results.json'} and {folder / 'report.html'}")
+    return found.rows
+
+
+def compare(
+    evaluations: Sequence[str], directory: str, title: str = "Evaluation", **facts: Any
+) -> list[dict[str, Any]]:
+    """Writes one report of several evaluations, methods side by side, with their learning curves.
+
+    Args:
+      evaluations: folders that `evaluate` wrote.
+      directory: gets report.md and report.html.
+      title: of the report.
+      **facts: what else the report says about the runs.
+
+    Returns:
+      The rows of all evaluations.
+    """
+    from modjax.evaluation import curves, report, results
+
+    rows, lines = {}, []
+    runs = []
+    for name in evaluations:
+        folder = pathlib.Path(name)
+        rows[name] = results.read(folder / "results.json")
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        runs.append(run)
+        if run["checkpoint"]:
+            # A checkpoint may have been copied without its logs.
+            log = pathlib.Path(run["checkpoint"]).parent / "train" / "metrics.jsonl"
+            if log.exists():
+                lines.append(curves.read(log, run["method"], run["seed"]))
+    merged = results.merge(rows)
+    common = {
+        key: runs[0][key]
+        for key in ("machine", "date", "mixture", "split", "step")
+        if all(run[key] == runs[0][key] for run in runs)
+    }
+    seeds = sorted({row["seed"] for row in merged})
+    commands = sorted({run["command"] for run in runs})
+    facts = {**common, "seeds": seeds, "commands": commands, **facts}
+    report.write_report(directory, merged, lines, facts, title=title)
+    return merged
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads flags and gin files, joins the job, evaluates. Errors in what the user wrote end in
+    one line, not a trace.
+    """
+    import gin
+
+    try:
+        flags = launch.parse_flags(argv, "Evaluates a checkpoint; see gin_configs/runs/eval.gin.")
+        launch.start_processes(flags)
+        launch.load_gin(flags, "eval")
+        gin.get_configurable(evaluate)(operative_config=gin.operative_config_str)
+    except (launch.ConfigError, checkpoints.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # The gin files bind eval.evaluate: the module of that name, not this script's __main__.
+    sys.exit(importlib.import_module("eval").main(sys.argv[1:]))
