@@ -115,7 +115,8 @@ class TensorFiles:
             needs = [name for name, at in weight_map.items() if at == file_name]
             raise HubError(f"{path} is missing; {INDEX} says it holds {listed(needs)}.")
         try:
-            opened = safetensors.safe_open(path, framework="np")
+            # Read, not mapped: a mapped file's pages count as this process's memory.
+            opened = safetensors.safe_open(path, framework="np", backend="pread")
         except (safetensors.SafetensorError, OSError) as error:
             raise HubError(
                 f"{path} cannot be read as safetensors: {error}. It holds {path.stat().st_size} "

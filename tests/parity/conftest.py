@@ -1,5 +1,7 @@
 """Tiny random T5s of transformers, saved to a folder: what the parity tests compare with."""
 
+import functools
+
 import pytest
 
 _SIZES = dict(
@@ -31,32 +33,35 @@ VARIANTS = {
 
 @pytest.fixture(scope="session")
 def hf_t5(tmp_path_factory):
-    """name of a variant -> (transformers model in evaluation mode, the folder it was saved to)."""
+    """A function: variant -> (transformers model in evaluation mode, the folder it was saved to).
+
+    `gain` is the scale of the layers' weights: a large one makes decodes depend on the input.
+    """
     import torch
     import transformers
 
-    made = {}
-
-    def make(variant: str):
-        if variant not in made:
-            kind, settings, own_head = VARIANTS[variant]
-            torch.manual_seed(sum(map(ord, variant)))
-            config = getattr(transformers, f"{kind}Config")(**{**_SIZES, **settings})
-            model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-            if own_head:
-                model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
-                model.all_tied_weights_keys.pop("lm_head.weight", None)
-            for name, weight in model.named_parameters():
-                # Away from the initial values: norms are ones, logits hardly vary.
-                if "layer_norm" in name:
-                    torch.nn.init.uniform_(weight, 0.5, 1.5)
-                elif "relative_attention_bias" in name:
-                    torch.nn.init.normal_(weight, std=1.0)
-                elif "lm_head" not in name and "shared" not in name:
-                    torch.nn.init.normal_(weight, std=0.7 * weight.shape[1] ** -0.5)
-            folder = tmp_path_factory.mktemp(variant)
-            model.eval().save_pretrained(folder)
-            made[variant] = (model, folder)
-        return made[variant]
+    @functools.cache
+    def make(variant: str, gain: float = 0.7):
+        kind, settings, own_head = VARIANTS[variant]
+        torch.manual_seed(sum(map(ord, variant)))
+        config = getattr(transformers, f"{kind}Config")(**{**_SIZES, **settings})
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+        torch.nn.init.normal_(model.shared.weight, std=0.5)
+        if own_head:
+            head = 0.5 * torch.randn_like(model.shared.weight)
+            head[1] *= 2.0  # the end token, so that decodes end
+            model.lm_head.weight = torch.nn.Parameter(head)
+            model.all_tied_weights_keys.pop("lm_head.weight", None)
+        for name, weight in model.named_parameters():
+            # Away from the initial values: norms are ones, logits hardly vary.
+            if "layer_norm" in name:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+            elif "relative_attention_bias" in name:
+                torch.nn.init.normal_(weight, std=1.0)
+            elif "lm_head" not in name and "shared" not in name:
+                torch.nn.init.normal_(weight, std=gain * weight.shape[1] ** -0.5)
+        folder = tmp_path_factory.mktemp(variant)
+        model.eval().save_pretrained(folder)
+        return model, folder
 
     return make

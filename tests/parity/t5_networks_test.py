@@ -10,6 +10,8 @@ pytest.importorskip("transformers")
 from modjax import hub  # noqa: E402
 from modjax.networks import t5  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*scales umT5's logits")
+
 VARIANTS = ("t5", "t5_1_1", "t5_1_1_tied", "mt5", "mt5_tied", "byt5", "umt5", "umt5_tied")
 SCANNED = ("t5", "mt5", "umt5")
 
