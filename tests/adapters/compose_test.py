@@ -1,0 +1,162 @@
+"""A dataset's composition, merging, growing a bank, and what is told about adapters: all by names."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from modjax import adapters
+from modjax.adapters import Adapted, Features, LowRank, Mixture, Rule
+from modjax.models import EncoderDecoderModel
+
+LAYERS = ".*/(query|value|wi_0|wo)"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
+def flix(request, make_t5, space, batch, move_adapters):
+    """(model, parameters) of a FLix with ragged ranks, scales and a shared module."""
+    module = LowRank({"task": 3, "language": 2, "language=yo": 1, "shared": 2}, alpha=4.0)
+    rules = (Rule(LAYERS, Mixture("flix", module, Features(shared=True))),)
+    model = EncoderDecoderModel(Adapted(make_t5(scan_layers=request.param), rules, space))
+    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+    return model, move_adapters(params)
+
+
+def logits(model, params, batch, features=None):
+    if features is not None:
+        batch = batch | {"features": jnp.tile(jnp.array(features, jnp.int32), (3, 1, 1))}
+    return jax.jit(lambda p: model.logits(p, batch))(params)
+
+
+@pytest.mark.parametrize(
+    "features, ids",
+    [
+        (dict(task="parse", language="sw"), [1, 2]),
+        (dict(task="tag", language="yo"), [2, 3]),
+        (dict(task="parse"), [1, 0]),
+    ],
+)
+def test_composed_and_merged_equal_mixed(flix, batch, features, ids):
+    model, params = flix
+    added, base = adapters.split(params, model.module)
+    mixed = logits(model, params, batch, ids)
+    lora, pairs = adapters.compose(model.module, added, **features)
+    composed = logits(EncoderDecoderModel(lora), adapters.join(base, pairs), batch)
+    np.testing.assert_allclose(composed, mixed, atol=1e-5)
+    merged = adapters.merge(model.module, added, base, **features)
+    np.testing.assert_allclose(
+        logits(EncoderDecoderModel(model.network), merged, batch), mixed, atol=1e-5
+    )
+    base_logits = logits(EncoderDecoderModel(model.network), base, batch)
+    assert np.abs(mixed - base_logits).max() > 0.05  # else nothing was compared
+    rank = {2: 3 + 2 + 2, 3: 3 + 1 + 2, 0: 3 + 2}[ids[1]]
+    assert {leaf.shape[-1] for k, leaf in flatten_dict(pairs, sep="/").items() if k[-1] == "a"} == {
+        rank
+    }
+
+
+def test_compositions_that_mean_nothing_are_refused(flix):
+    model, params = flix
+    added, _ = adapters.split(params, model.module)
+    with pytest.raises(ValueError, match="Unknown value 'sv' of feature 'language'"):
+        adapters.compose(model.module, added, language="sv")
+    rules = (Rule(LAYERS, Mixture("flix", LowRank(2), Features())),)
+    with pytest.raises(ValueError, match="No module is active"):
+        adapters.compose(Adapted(model.network, rules, model.module.space), added)
+
+
+def test_a_bank_grows_by_new_values_and_old_ones_keep_their_parameters(flix, batch):
+    model, params = flix
+    added, base = adapters.split(params, model.module)
+    space = model.module.space.extend({"language": ["xh"], "task": ["qa"]})
+    larger = model.with_space(space)
+    fresh, _ = adapters.split(
+        jax.jit(larger.init)(jax.random.key(9), batch)["params"], larger.module
+    )
+    old_method = json.loads(json.dumps(adapters.describe_method(model.module)))
+    new_method = adapters.describe_method(larger.module)
+    grown = adapters.extend(added, old_method, fresh, new_method)
+    for features in (dict(task="parse", language="yo"), dict(task="tag", language="en")):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            adapters.compose(larger.module, grown, **features)[1],
+            adapters.compose(model.module, added, **features)[1],
+        )
+    # The new values' modules are as fresh as in a new run: xh adds nothing yet.
+    np.testing.assert_allclose(
+        logits(larger, adapters.join(base, grown), batch, [1, 4]),
+        logits(model, params, batch, [1, 0]),
+        atol=1e-5,
+    )
+    with pytest.raises(ValueError, match="a module 'task=qa' that this run's feature space lacks"):
+        adapters.extend(grown, new_method, added, old_method)
+
+
+def test_a_bank_of_another_rank_or_place_is_refused(flix, batch, space):
+    model, params = flix
+    added, _ = adapters.split(params, model.module)
+    method = adapters.describe_method(model.module)
+
+    def other(pattern, module):
+        rules = (Rule(pattern, Mixture("flix", module, Features(shared=True))),)
+        changed = EncoderDecoderModel(Adapted(model.network, rules, space))
+        shapes = jax.eval_shape(changed.init, jax.random.key(0), batch)["params"]
+        fresh = jax.tree.map(
+            lambda s: jnp.zeros(s.shape), adapters.split(shapes, changed.module)[0]
+        )
+        return fresh, adapters.describe_method(changed.module)
+
+    with pytest.raises(ValueError, match="module 'task=parse' has rank 3 in the checkpoint and 5"):
+        adapters.extend(added, method, *other(LAYERS, LowRank(5)))
+    with pytest.raises(ValueError, match="Only in the run: .*key/flix"):
+        adapters.extend(added, method, *other(".*/(query|key)", LowRank(3)))
+
+
+def test_adapter_axes_are_those_of_the_kernels_they_adapt(flix, batch):
+    model, _ = flix
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+    added, base = adapters.split(shapes["params"], model.module)
+    axes = adapters.logical_axes(added, model.module, base, shapes["params_axes"])
+    flat = flatten_dict(axes, sep="/")
+    assert set(flat) == set(flatten_dict(added, sep="/"))
+    scanned = model.network.config.scan_layers
+    layers, lead = ("layers", ("layers",)) if scanned else ("layers_0", ())
+    assert flat[f"encoder/{layers}/mlp/wo/flix/a"] == (*lead, "mlp", "rank")
+    assert flat[f"encoder/{layers}/mlp/wo/flix/b"] == (*lead, "rank", "embed")
+    assert flat[f"decoder/{layers}/self_attention/query/flix/b"] == (*lead, "rank", "joined_kv")
+
+
+def test_the_table_counts_what_trains_and_what_is_frozen(flix):
+    model, params = flix
+    added, base = adapters.split(params, model.module)
+    text = adapters.table(added, model.module, base)
+    trained = sum(x.size for x in jax.tree.leaves(added))
+    frozen = sum(x.size for x in jax.tree.leaves(base))
+    assert f"trained {trained:,}  frozen {frozen:,}" in text
+    assert "language=yo:1" in text and "16 x 13 x 32" in text
+
+
+def test_update_rates_follow_the_columns_owners(flix, space, batch):
+    model, params = flix
+    added, _ = adapters.split(params, model.module)
+    assert adapters.update_rates(added, model.module) is None
+    slow = LowRank(
+        {"task": 3, "language": 2, "language=yo": 1, "shared": 2},
+        alpha=4.0,
+        learning_rate={"language": 0.25},
+    )
+    rules = (Rule(LAYERS, Mixture("flix", slow, Features(shared=True))),)
+    rates = adapters.update_rates(added, Adapted(model.network, rules, space))
+    expected = np.array([1.0] * 6 + [0.25] * 5 + [1.0] * 2)
+    for path, rate in flatten_dict(rates, sep="/").items():
+        np.testing.assert_array_equal(rate.ravel(), expected)
+        leaf = flatten_dict(added, sep="/")[path]
+        assert np.broadcast_shapes(rate.shape, leaf.shape) == leaf.shape
+
+
+def test_join_refuses_a_leaf_that_two_trees_have():
+    with pytest.raises(ValueError, match="'x/y' is in two"):
+        adapters.join({"x": {"y": 1}}, {"x": {"y": 2}})

@@ -1,0 +1,78 @@
+"""Small things that many tests share: a tiny T5, a feature space, batches, and adapters away from their start."""
+
+import os
+
+# Tests compile far more than they compute: let XLA spend less on its programs.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from modjax.features import FeatureSpace  # noqa: E402
+from modjax.networks import t5  # noqa: E402
+
+VOCAB = 50
+
+
+@pytest.fixture(scope="session")
+def space() -> FeatureSpace:
+    return FeatureSpace(
+        (("task", ("parse", "tag")), ("language", ("en", "sw", "yo"))),
+        datasets=("parse_en", "tag_sw", "parse_yo"),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_t5():
+    """Builds a tiny T5; keywords replace its config's."""
+
+    def make(**options) -> t5.Transformer:
+        sizes = dict(
+            vocab_size=VOCAB,
+            emb_dim=16,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=32,
+            num_encoder_layers=2,
+            num_decoder_layers=2,
+        )
+        return t5.Transformer(t5.T5Config(**(sizes | options)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch() -> dict:
+    """Three unpacked examples with features: (parse, sw), (tag, none), (parse, yo)."""
+    rng = np.random.RandomState(0)
+    inputs, targets = rng.randint(2, VOCAB, (3, 7)), rng.randint(2, VOCAB, (3, 6))
+    inputs[1, 5:], targets[1, 4:] = 0, 0
+    shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    return {
+        "encoder_input_tokens": jnp.asarray(inputs),
+        "decoder_input_tokens": jnp.asarray(shifted),
+        "decoder_target_tokens": jnp.asarray(targets),
+        "features": jnp.array([[[1, 2]], [[2, 0]], [[1, 3]]], jnp.int32),
+        "tasks": jnp.array([[1], [2], [3]], jnp.int32),
+    }
+
+
+@pytest.fixture(scope="session")
+def move_adapters():
+    """Gives every `b` random values, so that the adapters do something."""
+
+    def move(params, seed: int = 1, size: float = 0.1):
+        keys = iter(jax.random.split(jax.random.key(seed), 500))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: (
+                size * jax.random.normal(next(keys), x.shape) if path[-1].key == "b" else x
+            ),
+            params,
+        )
+
+    return move
