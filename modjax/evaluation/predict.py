@@ -1,7 +1,6 @@
 """Predicting many examples: batches of similar lengths through a compiled function, in order."""
 
 import collections
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,19 +21,16 @@ IN_FLIGHT = 2
 
 
 def predictor(
-    model: Any, mesh: Mesh | None = None, *, seed: int = 0, **options: Any
-) -> Callable[[Any], PredictFn]:
-    """A model's `predict_batch`, compiled once per shape for all the parameters it is used with.
+    model: Any, params: Any, mesh: Mesh | None = None, *, seed: int = 0, **options: Any
+) -> PredictFn:
+    """A model's `predict_batch`, compiled once per shape.
 
     Args:
       model: see `modjax.models`.
+      params: of base and adapters, on the devices of the mesh if there is one.
       mesh: over which batches are divided; None for one device.
       seed: of sampling; every batch draws anew.
       **options: for `predict_batch`, as `decoder="beam"`, `num_decodes=4`.
-
-    Returns:
-      A function of the parameters (base and adapters, on the mesh's devices if there is one) that
-      gives a `PredictFn`.
     """
     # Every process gets the tokens of all rows, so that nothing has to be gathered afterwards.
     out = None if mesh is None else partitioning.replicated(mesh)
@@ -42,18 +38,17 @@ def predictor(
         lambda params, batch, rng: model.predict_batch(params, batch, rng, **options),
         out_shardings=out,
     )
+    calls = 0
 
-    def bind(params: Any) -> PredictFn:
-        calls = itertools.count()
+    def predict(batch: Batch) -> jax.Array:
+        nonlocal calls
+        rng = jax.random.fold_in(jax.random.key(seed), calls)
+        calls += 1
+        if mesh is None:
+            return step(params, batch, rng)
+        return step(params, partitioning.place_batch(batch, mesh), rng)
 
-        def predict(batch: Batch) -> jax.Array:
-            rng = jax.random.fold_in(jax.random.key(seed), next(calls))
-            placed = batch if mesh is None else partitioning.place_batch(batch, mesh)
-            return step(params, placed, rng)
-
-        return predict
-
-    return bind
+    return predict
 
 
 def predict_all(

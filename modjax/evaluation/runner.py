@@ -7,6 +7,7 @@ prediction, and process 0 writes.
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -69,6 +70,9 @@ def read(
 ) -> Examples:
     """Reads a split of every task of a mixture.
 
+    Setting up a task's input takes longer than reading a few hundred examples, so what was read
+    last is kept: a process that evaluates several models reads once.
+
     Args:
       mixture: a mixture or task, or several.
       split: of each task.
@@ -87,14 +91,35 @@ def read(
     for name in datasets:
         for metric in registry.metric_names_of(name):
             metrics.get(metric, f"task {name!r}")
+    return _read(
+        tuple(seqio.TaskRegistry.get(name) for name in datasets),
+        split,
+        space,
+        tuple(sorted(task_feature_lengths.items())),
+        unknown,
+        max_examples,
+        use_cached,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _read(
+    tasks: tuple[seqio.Task, ...],
+    split: str,
+    space: FeatureSpace | None,
+    lengths: tuple[tuple[str, int], ...],
+    unknown: Unknown,
+    max_examples: int | None,
+    use_cached: bool,
+) -> Examples:
     parts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     texts: list[Mapping[str, Any]] = []
-    for name in datasets:
+    for task in tasks:
         batches = pipeline.eval_batches(
-            name,
+            task.name,
             split,
             space,
-            task_feature_lengths=task_feature_lengths,
+            task_feature_lengths=dict(lengths),
             batch_size=256,
             unknown=unknown,
             shard=seqio.ShardInfo(index=0, num_shards=1),
@@ -107,7 +132,9 @@ def read(
                 parts[feature].append(values[valid])
             texts += examples
     arrays = {feature: np.concatenate(values) for feature, values in parts.items()}
-    return Examples(tuple(datasets), arrays, texts, space)
+    for values in arrays.values():
+        values.flags.writeable = False  # they are shared
+    return Examples(tuple(task.name for task in tasks), arrays, texts, space)
 
 
 def evaluate(
