@@ -137,7 +137,9 @@ class EncoderDecoderModel:
           rng: key.
           batch: a batch, or its shapes; only shapes matter. Use under `jax.eval_shape` or `jax.jit`.
         """
-        mix = {} if self.adapted is None else {"mix": make_mix(batch, train=False)}
+        mix: dict[str, Any] = {}
+        if self.adapted is not None:
+            mix["mix"] = make_mix(batch, train=False)
         return dict(self.module.init(rng, *_inputs(batch), **_segments(batch), **mix))
 
     def logits(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> Array:
@@ -182,7 +184,7 @@ class EncoderDecoderModel:
             "weight": jnp.sum(weights),
             "correct": jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights),
             "sequences": _count_sequences(batch, weights),
-            "tokens": sum(jnp.sum(t > 0) for t in tokens).astype(jnp.float32),
+            "tokens": jnp.float32(sum(jnp.sum(t > 0) for t in tokens)),
             "positions": jnp.float32(sum(t.size for t in tokens)),
             "target_positions": jnp.float32(targets.size),
         }
@@ -299,7 +301,10 @@ class EncoderDecoderModel:
 
         prompt = jnp.zeros((inputs.shape[0], max_decode_len), jnp.int32)
         scanned = bool(getattr(getattr(self.network, "config", None), "scan_layers", False))
-        common = {"num_decodes": num_decodes, "cache_offset": 1 if scanned else 0}
+        common: dict[str, Any] = {
+            "num_decodes": num_decodes,
+            "cache_offset": 1 if scanned else 0,
+        }
         if decoder == "beam":
             decodes, scores = decoding.beam_search(
                 prompt,
@@ -327,9 +332,7 @@ class EncoderDecoderModel:
             return decodes, {"scores": scores}
         return decodes[:, -1], {"scores": scores[:, -1]}
 
-    def score_batch(
-        self, params: Any, batch: Batch, return_intermediates: bool = False
-    ) -> Array:
+    def score_batch(self, params: Any, batch: Batch, return_intermediates: bool = False) -> Array:
         """Log probability of each example's target, in nats, float32 `[B]` (unpacked)."""
         if return_intermediates:
             raise ValueError("This model keeps no intermediates: call it without them.")
@@ -345,7 +348,10 @@ def make_mix(batch: Batch, train: bool) -> Mix:
 
     segments = None
     if "encoder_segment_ids" in batch:
-        segments = {k: ids(f"{k}_segment_ids") for k in ("encoder", "decoder")}
+        segments = {
+            stream: jnp.asarray(batch[f"{stream}_segment_ids"]).astype(jnp.int32)
+            for stream in ("encoder", "decoder")
+        }
     return Mix(features=ids("features"), tasks=ids("tasks"), segments=segments, train=train)
 
 
@@ -388,5 +394,7 @@ def _sequence_weights(batch: Batch, weights: Array) -> Array:
 def _count_sequences(batch: Batch, weights: Array) -> Array:
     """The number of sequences that have a token with weight."""
     segments = jnp.where(weights > 0, _segment_ids(batch), 0)
-    first = jnp.concatenate([jnp.ones_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], 1)
+    first = jnp.concatenate(
+        [jnp.ones_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], 1
+    )
     return jnp.sum((segments > 0) & (first > 0)).astype(jnp.float32)

@@ -11,7 +11,7 @@ around it, and shares the network's scope, so that the base's parameters keep th
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -150,7 +150,9 @@ class _Interceptor:
         }
         # Likewise the gates: under nn.scan and nn.remat the layers are traced inside other traces, and what they
         # share has to come from outside.
-        streams: Mapping[str | None, Any] = {None: None} if mix.segments is None else mix.segments
+        streams: dict[str | None, Any] = {None: None}
+        if mix.segments is not None:
+            streams = dict(mix.segments.items())
         self.gates = {
             (mixture, stream): mixture.module.prepare(self.routing[mixture], modules, segments)
             for mixture, modules in self.modules.items()
@@ -179,7 +181,7 @@ class _Interceptor:
             return output
         layer = context.module
         path = "/".join(layer.path)
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
         shape = _linear_shape(layer, x, output)
         if shape is None:
             self.other.add(path)
@@ -268,7 +270,7 @@ def _linear_shape(layer: nn.Module, x: Any, output: Any) -> _Linear | None:
         return None
     if not layer.has_variable("params", "kernel"):
         return None
-    kernel = layer.get_variable("params", "kernel")
+    kernel: Any = layer.get_variable("params", "kernel")
     axis = getattr(layer, "axis", -1)
     axes = sorted(a % x.ndim for a in ((axis,) if isinstance(axis, int) else tuple(axis)))
     if axes != list(range(x.ndim - len(axes), x.ndim)):

@@ -163,7 +163,8 @@ class Features:
 
     def _slots(self, space: FeatureSpace) -> list[tuple[str, int | None, int, int]]:
         """(feature, column of `features` or None for `tasks`, first module, one past the last)."""
-        slots, start = [], 0
+        slots: list[tuple[str, int | None, int, int]] = []
+        start = 0
         for name in self._names(space):
             stop = start + len(self._values(space, name))
             if name == DATASET:

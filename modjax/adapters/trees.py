@@ -209,7 +209,8 @@ def _carry(
         return {m: range(int(s) - r, int(s)) for (m, r), s in zip(bank, stops, strict=True)}
 
     source, target = ranges(old_bank), ranges(new_bank)
-    to, from_ = [], []
+    to: list[int] = []
+    from_: list[int] = []
     for module, columns in source.items():
         if module not in target:
             raise ValueError(
@@ -252,8 +253,8 @@ def table(adapters: Tree, adapted: Adapted, base: Tree) -> str:
         rule = next(r for r in adapted.rules if r.mixture.name == name)
         modules = rule.mixture.modules(adapted.space)
         ranks = rule.mixture.module.ranks(modules)
-        bank = ", ".join(f"{m}:{r}" for m, r in zip(modules, ranks, strict=True))
-        text.append(f"{name}: {len(modules)} modules (name:rank) {bank}")
+        listed = ", ".join(f"{m}:{r}" for m, r in zip(modules, ranks, strict=True))
+        text.append(f"{name}: {len(modules)} modules (name:rank) {listed}")
     trained, frozen = count(adapters), count(base)
     text.append(
         f"trained {trained:,}  frozen {frozen:,}  ({100 * trained / frozen:.2f} % of the base)"

@@ -1,0 +1,39 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint parity clean
+
+demo: .venv/installed
+	$(BIN)/python benchmarks/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS) --ignore tests/parity
+
+lint: .venv/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The tests against torch, transformers and peft.
+parity: .venv/installed-parity
+	$(BIN)/python -m pytest tests/parity
+
+.venv/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"modjax needs Python 3.11 or newer, this is {v[0]}.{v[1]}: say make PYTHON=python3.x")'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+.venv/installed-parity: .venv/installed-test
+	$(INSTALL) -e '.[parity]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs
