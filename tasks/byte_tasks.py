@@ -65,8 +65,9 @@ def add_task(
         source=ExamplesSource({split: functools.partial(load, split) for split in splits}),
         preprocessors=[
             seqio.preprocessors.tokenize,
-            *preprocessors,
+            # What is drawn at random is drawn anew each time, so it comes after the cache.
             seqio.CacheDatasetPlaceholder(),
+            *preprocessors,
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=output_features(),

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 
 import gin
-import tensorflow as tf
+from etils import epath
 
 VARIABLE = "MODJAX_DATA"
 
@@ -51,7 +51,7 @@ def find(folder: str, *names: str, source: str) -> str:
     """
     for name in names:
         for path in (os.path.join(folder, name), os.path.join(folder, name + ".gz")):
-            if tf.io.gfile.exists(path):
+            if epath.Path(path).exists():
                 return path
     path = os.path.join(folder, names[0])
     others = "".join(f", {name}" for name in names[1:])
@@ -66,8 +66,7 @@ def read_text(path: str) -> str:
     Raises:
       RowError: bytes that are not UTF-8, or a damaged gzip file, with the line and the offset.
     """
-    with tf.io.gfile.GFile(path, "rb") as file:
-        data = file.read()
+    data = epath.Path(path).read_bytes()
     if path.endswith(".gz"):
         try:
             data = gzip.decompress(data)

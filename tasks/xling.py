@@ -126,9 +126,21 @@ def split_of(sent_id: str) -> str:
     return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
 
 
-def tag_example(sentence: Sentence) -> dict[str, str]:
-    """Words to universal part-of-speech tags, one per word."""
-    return {"inputs": "tag: " + " ".join(sentence.words), "targets": " ".join(sentence.tags)}
+def tag_example(sentence: Sentence, input_limit: int, target_limit: int) -> dict[str, str] | None:
+    """Words to universal part-of-speech tags, one per word, for as many words as fit.
+
+    Args:
+      sentence: the sentence.
+      input_limit, target_limit: bytes of the input and of the target.
+
+    Returns:
+      The example with the sentence's first words, or None where not even one fits.
+    """
+    for count in range(len(sentence.words), 0, -1):
+        words, tags = " ".join(sentence.words[:count]), " ".join(sentence.tags[:count])
+        if len(words.encode()) + len("tag: ") <= input_limit and len(tags.encode()) <= target_limit:
+            return {"inputs": f"tag: {words}", "targets": tags}
+    return None
 
 
 def translation_examples(

@@ -170,11 +170,12 @@ def test_limits_leave_out_sentences_and_cut_contexts_but_keep_parses(folder):
         gin.clear_config()
 
 
-def test_parses_are_three_eighths_of_the_training_mixture():
-    mixture = seqio.MixtureRegistry.get("mtop6_train")
+@pytest.mark.parametrize("name, share", [("mtop6_train", 18 / 33), ("mtop6_train_more", 24 / 39)])
+def test_more_than_half_of_the_training_examples_are_parses(name, share):
+    mixture = seqio.MixtureRegistry.get(name)
     rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
     parses = sum(rate for name, rate in rates.items() if "parse" in name)
-    assert parses / sum(rates.values()) == 3 / 8
+    assert parses / sum(rates.values()) == pytest.approx(share)
 
 
 def test_a_task_gives_bytes_with_an_end_mark(folder):

@@ -38,8 +38,12 @@ def test_words_are_the_syntactic_ones_and_correspond_to_tags(tmp_path):
     assert read == xling.Sentence(
         "n01001011", "au 10 000", ("à", "le", "10_000"), ("ADP", "DET", "NUM")
     )
-    example = xling.tag_example(read)
-    assert example == {"inputs": "tag: à le 10_000", "targets": "ADP DET NUM"}
+    whole = {"inputs": "tag: à le 10_000", "targets": "ADP DET NUM"}
+    assert xling.tag_example(read, len("tag: à le 10_000".encode()), 11) == whole
+    start = {"inputs": "tag: à le", "targets": "ADP DET"}
+    assert xling.tag_example(read, len("tag: à le 10_000".encode()) - 1, 11) == start
+    assert xling.tag_example(read, 99, 10) == start
+    assert xling.tag_example(read, 6, 99) is None
 
 
 def test_a_last_sentence_without_a_blank_line_after_it_is_read(tmp_path):
