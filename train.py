@@ -97,7 +97,7 @@ def train(
       operative_config: gives the text that is kept with the checkpoints and as
         MODEL_DIR/config.gin.
     """
-    from modjax.data import converters, pipeline, registry
+    from modjax.data import checks, converters, pipeline, registry
 
     first = jax.process_index() == 0
     launch.import_tasks(mixture_or_task_module)
@@ -116,6 +116,7 @@ def train(
     model = model.with_space(space)
 
     # Shapes first: what does not fit is found before anything is read or computed.
+    checks.check_lengths(task_feature_lengths)
     if pack and max_segments is None:
         max_segments = converters.default_max_segments(task_feature_lengths)
     batch = initialize.example_batch(task_feature_lengths, space, max_segments if pack else None)

@@ -5,7 +5,7 @@ that does not fit is an error that lists what differs.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,12 +47,6 @@ def example_batch(
       segments: of a packed row; None if rows are examples.
       rows: B.
     """
-    for name in ("inputs", "targets"):
-        if name not in lengths:
-            raise ValueError(
-                f"TASK_FEATURE_LENGTHS has no {name!r}: give {{'inputs': L, 'targets': L}}."
-                f"{nearest(name, lengths)}"
-            )
 
     def ids(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), np.int32)
@@ -219,3 +213,38 @@ def _no_bank(part: Any) -> Any:
     if not isinstance(part, Mapping) or "rules" not in part:
         return part
     return {"rules": [{k: v for k, v in rule.items() if k != "bank"} for rule in part["rules"]]}
+
+
+def restore(
+    model: Any, checkpoint: Any, base: Tree | None, batch: Callable[[FeatureSpace], Any]
+) -> tuple[Any, Tree, dict[str, Any], int]:
+    """A trained model as it was saved, for evaluation or export.
+
+    Args:
+      model: of the checkpoint's method; its feature space is replaced by the checkpoint's.
+      checkpoint: a checkpoint, or a MODEL_DIR, whose latest one is taken.
+      base: the base's weights, nested dict of host arrays; None if all of it was trained.
+      batch: gives the shapes of a batch for a feature space, see `example_batch`.
+
+    Returns:
+      (model, params, metadata, step): the model bound to the checkpoint's feature space, and the
+      parameters of base and adapters in one nested dict of host arrays.
+
+    Raises:
+      CheckpointError: damaged, or made with another method or base; what differs is named.
+      ValueError: the base does not fit the model.
+    """
+    trained, metadata, step = checkpoints.load_trained(checkpoint)
+    where = checkpoints.locate(checkpoint)
+    space = FeatureSpace.from_json(metadata["space"])
+    model = model.with_space(space)
+    method = adapters.describe_method(model.adapted) if model.adapted else "full"
+    provenance.check_same("method", metadata["method"], method, where)
+    params = jax.eval_shape(model.init, jax.random.key(0), batch(space))["params"]
+    shapes = traverse_util.flatten_dict(params, sep="/")
+    kept = {path: leaf for path, leaf in shapes.items() if path not in metadata["trained"]}
+    wanted = traverse_util.unflatten_dict(kept, sep="/")
+    names = model.adapted.names if model.adapted else ()
+    frozen = take_base(wanted, base or {}, names, "given")
+    provenance.check_same("base", metadata["base"], provenance.fingerprint(frozen), where)
+    return model, optimizers.combine(trained, frozen), metadata, step

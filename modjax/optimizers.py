@@ -61,7 +61,7 @@ def schedule(
             f"schedule(decay={decay!r}, warmup={warmup}) needs total_steps, the run's length"
         )
     steps = round(warmup * (total_steps or 0)) if 0 < warmup < 1 else int(warmup)
-    if steps < 0 or (total_steps is not None and 0 < total_steps < steps):
+    if steps < 0 or (total_steps is not None and needs_total and steps > total_steps):
         raise ValueError(f"the warm-up of {steps} steps does not fit in {total_steps} steps")
     start = max(steps, hold * (total_steps or 0) if 0 < hold < 1 else hold)
     if decay in ("linear", "cosine") and start >= (total_steps or 0):

@@ -1,0 +1,149 @@
+"""What a user can get wrong on the command line and in gin files, and what is said about it."""
+
+import itertools
+
+import pytest
+
+from modjax import launch
+
+BASE, METHOD, RUN = (
+    "--gin_file=bases/t5_small.gin",
+    "--gin_file=methods/full.gin",
+    "--gin_file=runs/pretrain.gin",
+)
+SET = (
+    "--gin.MIXTURE_OR_TASK_NAME='m'",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}",
+    "--gin.TRAIN_STEPS=3",
+    "--gin.MODEL_DIR='d'",
+)
+
+
+def load(*argv):
+    launch.load_gin(launch.parse_flags(argv, "test"), "train")
+
+
+@pytest.mark.parametrize("method", ["flix", "lora", "lora_per_dataset", "full"])
+def test_files_overlay_in_any_order(method):
+    import gin
+
+    files = (
+        "--gin_file=bases/mt5_small.gin",
+        f"--gin_file=methods/{method}.gin",
+        "--gin_file=runs/finetune.gin",
+    )
+    texts = set()
+    for order in itertools.permutations(files):
+        load(*order, *SET, "--gin.BASE='x'")
+        texts.add(gin.config_str())
+    assert len(texts) == 1
+    assert "vocab_size = 250112" in texts.pop()
+
+
+def test_every_base_and_every_run_parses():
+    for path in sorted((launch.CONFIGS / "bases").glob("*.gin")):
+        load(f"--gin_file=bases/{path.name}", METHOD, RUN, *SET)
+
+
+def test_bindings_win_over_files_and_may_name_what_no_file_names():
+    import gin
+
+    load(BASE, METHOD, RUN, *SET, "--gin.optimizers.adamw.b2=0.9", "--gin.BATCH_SIZE=7")
+    assert gin.query_parameter("optimizers.adamw.b2") == 0.9
+    assert gin.query_parameter("BATCH_SIZE/gin.macro.value") == 7
+
+
+def test_users_files_are_found_on_the_search_path(tmp_path):
+    (tmp_path / "mine.gin").write_text("include 'runs/pretrain.gin'\nBATCH_SIZE = 5\n")
+    load(f"--gin_search_paths={tmp_path}", BASE, METHOD, "--gin_file=mine.gin", *SET)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--gin.TRAIN_STEP=5"],
+            "TRAIN_STEP is set but nothing uses it. Did you mean 'TRAIN_STEPS'",
+        ),
+        (["--gin.BATCH_SIZE=%BATHC"], "macro BATHC is used but not set. Did you mean 'BATCH_SIZE'"),
+        (
+            ["--gin.models.EncoderDecoderModel.labelsmoothing=0.1"],
+            "DecoderModel has no parameter 'labelsmoothing'. Did you mean 'label_smoothing'",
+        ),
+        (
+            ["--gin.models.EncoderDecodrModel.z_loss=0.1"],
+            "'models.EncoderDecodrModel' does not exist. Did you mean 'models.EncoderDecoderModel'",
+        ),
+        (
+            ["--gin.model.EncoderDecoderModel.z_loss=1"],
+            "'model' is not imported. Did you mean 'models'",
+        ),
+        (
+            ["--gin.optimizers.Optimizer.algorithm=@optimizers.adam()"],
+            "'optimizers.adam' does not exist. Did you mean 'optimizers.adamw'",
+        ),
+        (
+            ["--gin.train.train.log_perod=5"],
+            "train.train has no parameter 'log_perod'. Did you mean",
+        ),
+        (["--gin.BATCH_SIZE==3"], "Unable to parse value. In the binding: BATCH_SIZE = =3"),
+        (["--gin_file=bases/t5_smal.gin"], "no gin file 'bases/t5_smal.gin'"),
+        (["--gin_file=bases/t5_smal.gin"], "Did you mean 'bases/t5_small.gin'"),
+        (["--gni.BATCH_SIZE=3"], "unknown flag '--gni.BATCH_SIZE=3'"),
+    ],
+)
+def test_a_misspelling_is_named_with_the_nearest_known_name(argv, message):
+    with pytest.raises(launch.ConfigError) as error:
+        load(BASE, METHOD, RUN, *SET, *argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            (BASE, METHOD, RUN, *SET[1:]),
+            "MIXTURE_OR_TASK_NAME must be set: --gin.MIXTURE_OR_TASK_NAME=",
+        ),
+        (
+            (METHOD, RUN, *SET),
+            r"macro MODEL is used but not set (a file of gin_configs/bases sets it)",
+        ),
+        (
+            (BASE, RUN, *SET),
+            r"macro METHOD is used but not set (a file of gin_configs/methods sets it)",
+        ),
+    ],
+)
+def test_what_is_not_given_is_named(argv, message):
+    with pytest.raises(launch.ConfigError) as error:
+        load(*argv)
+    assert message in str(error.value)
+
+
+def test_mistakes_in_a_file_name_the_file(tmp_path):
+    path = tmp_path / "mine.gin"
+    for text, message in (
+        ("include 'bases/t5_tiny.gin'", "included gin file is missing: bases/t5_tiny.gin"),
+        ("from modjax import modls", "No module named 'modjax.modls'"),
+        ("from modjax import models\nmodels.EncoderDecoderModl.z_loss = 1", 'mine.gin", line 3'),
+    ):
+        path.write_text(f"from __gin__ import dynamic_registration\n{text}\n")
+        with pytest.raises(launch.ConfigError) as error:
+            load(BASE, METHOD, RUN, f"--gin_file={path}", *SET)
+        assert message in str(error.value)
+
+
+def test_a_multi_host_job_needs_all_its_flags():
+    flags = launch.parse_flags(["--process_count=2"], "test")
+    with pytest.raises(launch.ConfigError, match="needs all of --coordinator_address"):
+        launch.start_processes(flags)
+
+
+def test_a_task_module_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    with pytest.raises(launch.ConfigError, match="no module 'my.tasks'"):
+        launch.import_tasks("my.tasks")
+    (tmp_path / "broken_tasks.py").write_text("import package_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="package_that_is_not_installed"):
+        launch.import_tasks(["broken_tasks"])

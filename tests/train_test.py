@@ -1,0 +1,254 @@
+"""The entry point from end to end: pretrain, adapt, stop, resume, start from another run."""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import gin
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from modjax import adapters, checkpoints, hub, initialize, launch, loop, models
+from modjax.features import FeatureSpace
+from modjax.networks import t5
+
+TESTDATA = pathlib.Path(__file__).parent / "testdata"
+sys.path.insert(0, str(TESTDATA))
+LENGTHS = {"inputs": 16, "targets": 8}
+FEATURES = (("task", ("copy", "turn")), ("language", ("en", "sw")))
+
+
+def argv(*files, **macros):
+    """Flags; a macro's underscores may stand for dots (train__train__log_period)."""
+    values = {
+        "MIXTURE_OR_TASK_NAME": "toy",
+        "MIXTURE_OR_TASK_MODULE": "toy_tasks",
+        "TASK_FEATURE_LENGTHS": LENGTHS,
+        "BATCH_SIZE": 8,
+        "optimizers.schedule.decay": "constant",
+        "train.train.tensorboard": False,
+    } | {name.replace("__", "."): value for name, value in macros.items()}
+    return [f"--gin_file={file}" for file in files] + [
+        f"--gin.{name}={str(value)!r}"
+        if isinstance(value, pathlib.Path)
+        else f"--gin.{name}={value!r}"
+        for name, value in values.items()
+    ]
+
+
+def train(*files, **macros):
+    """Trains in this process and returns the last state's trained parameters, by path."""
+    import train as entry
+
+    launch.load_gin(launch.parse_flags(argv(*files, **macros), "test"), "train")
+    state = gin.get_configurable(entry.train)(operative_config=gin.operative_config_str)
+    return flat(jax.device_get(state.trained))
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def lines(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Runs of one shape compile one program; it is read back from disk by those after the first."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.5), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    trained = train(
+        TESTDATA / "tiny.gin",
+        "methods/full.gin",
+        "runs/pretrain.gin",
+        TRAIN_STEPS=6,
+        MODEL_DIR=folder / "run",
+        EXPORT_DIR=folder / "base",
+        EVAL_STEPS=1,
+        WARMUP=2,
+        train__train__log_period=2,
+    )
+    return folder, trained
+
+
+FLIX = ("runs/finetune.gin", "bases/folder.gin", "methods/flix.gin")
+
+
+@pytest.fixture(scope="module")
+def adapted(pretrained, tmp_path_factory):
+    """FLix for eight steps on the pretrained base, not stopped."""
+    folder = tmp_path_factory.mktemp("adapted")
+    options = {"BASE": pretrained[0] / "base", "TRAIN_STEPS": 8, "FEATURE_DROPOUT": 0.3}
+    trained = train(*FLIX, MODEL_DIR=folder / "run", WARMUP=0, **options)
+    return folder / "run", trained, options
+
+
+def test_pretraining_writes_a_base_that_loads_with_the_trained_values(pretrained):
+    folder, trained = pretrained
+    overrides, base = hub.load_base(folder / "base")
+    assert overrides["emb_dim"] == 16
+    assert set(flat(base)) == set(trained)
+    for path, value in flat(base).items():
+        np.testing.assert_array_equal(value, trained[path])
+
+
+def test_a_run_writes_its_metrics_its_configuration_and_its_parameters(pretrained):
+    folder, trained = pretrained
+    rows = lines(folder / "run" / "train" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    wanted = {
+        "loss",
+        "accuracy",
+        "learning_rate",
+        "tokens_per_second",
+        "steps_per_second",
+        "padding",
+    }
+    assert all(wanted <= set(row) for row in rows)
+    assert all(0 < row["padding"] < 1 and row["loss"] > 0 for row in rows)
+    (row,) = lines(folder / "run" / "training_eval" / "toy_turn_sw" / "metrics.jsonl")
+    assert row["step"] == 6 and row["loss"] > 0
+    info = (folder / "run" / "model-info.txt").read_text()
+    assert "decoder/logits_dense/kernel" in info and "frozen 0" in info
+    config = (folder / "run" / "config.gin").read_text()
+    assert "TRAIN_STEPS = 6" in config
+    assert checkpoints.read_metadata(folder / "run")["gin"] == config
+
+
+def test_adapters_move_and_the_base_is_not_saved(adapted, pretrained):
+    folder, trained, _ = adapted
+    assert all(path.split("/")[-2] == "flix" for path in trained)
+    assert all(np.abs(v).max() > 0 for path, v in trained.items() if path.endswith("/b"))
+    saved, metadata, step = checkpoints.load_trained(folder)
+    assert step == 8 and set(flat(saved)) == set(trained)
+    assert FeatureSpace.from_json(metadata["space"]).features == FEATURES
+    assert metadata["name"] == "flix"
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(adapted, tmp_path, monkeypatch, capsys):
+    _, whole, options = adapted
+    place = loop.partitioning.place_batch
+    steps = []
+
+    def stop_in_step_three(batch, mesh):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(batch, mesh)
+
+    monkeypatch.setattr(loop.partitioning, "place_batch", stop_in_step_three)
+    train(*FLIX, MODEL_DIR=tmp_path, WARMUP=0, **options)
+    monkeypatch.undo()
+    assert checkpoints.steps(tmp_path) == [3]
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM and saved at step 3 of 8; run the same command again" in said
+    resumed = train(*FLIX, MODEL_DIR=tmp_path, WARMUP=0, **options)
+    assert "resuming at step 3, to step 8" in capsys.readouterr().err
+    assert set(resumed) == set(whole)
+    for path in whole:
+        np.testing.assert_array_equal(resumed[path], whole[path])
+
+
+def test_a_run_from_another_checkpoint_keeps_what_each_name_has_learned(pretrained, tmp_path):
+    """The first run knows one task and one language; the second adds one of each."""
+    options = {"BASE": pretrained[0] / "base"}
+    old = train(
+        *FLIX, MODEL_DIR=tmp_path / "a", MIXTURE_OR_TASK_NAME="toy_copy", TRAIN_STEPS=2, **options
+    )
+    options |= {"INITIAL_CHECKPOINT_PATH": tmp_path / "a", "LEARNING_RATE": 0.0, "TRAIN_STEPS": 1}
+    new = train(*FLIX, MODEL_DIR=tmp_path / "b", **options)
+    space = FeatureSpace.from_json(checkpoints.read_metadata(tmp_path / "b")["space"])
+    assert space.features == FEATURES
+    for path, value in new.items():
+        columns = value if path.endswith("/a") else value.T
+        before = old[path] if path.endswith("/a") else old[path].T
+        assert (before.shape[-1], columns.shape[-1]) == (8, 16)
+        # copy, turn, en, sw have four columns each.
+        np.testing.assert_array_equal(columns[:, 0:4], before[:, 0:4])
+        np.testing.assert_array_equal(columns[:, 8:12], before[:, 4:8])
+    with pytest.raises(checkpoints.CheckpointError, match="trained without task 'turn', language"):
+        train(*FLIX, MODEL_DIR=tmp_path / "a", BASE=options["BASE"], TRAIN_STEPS=4)
+
+
+def test_a_trained_model_is_restored_for_evaluation(adapted, pretrained):
+    folder, trained, _ = adapted
+    overrides, base = hub.load_base(pretrained[0] / "base")
+    rule = adapters.Rule(
+        ".*/(query|key|value|out|wi|wi_0|wi_1|wo)",
+        adapters.Mixture("flix", adapters.LowRank(4), adapters.Features(dropout=0.3)),
+    )
+    network = t5.Transformer(t5.T5Config(**overrides))
+    model = models.EncoderDecoderModel(adapters.Adapted(network, (rule,)))
+
+    def batch(space):
+        return initialize.example_batch(LENGTHS, space)
+
+    model, params, metadata, step = initialize.restore(model, folder, base, batch)
+    assert step == 8 and model.adapted.space.values("language") == ("en", "sw")
+    assert set(flat(params)) == set(trained) | set(flat(base))
+    flat(base)["encoder/encoder_norm/scale"] += 1  # in place
+    with pytest.raises(checkpoints.CheckpointError, match="another base:\n  .*encoder_norm/scale"):
+        initialize.restore(model, folder, base, batch)
+    with pytest.raises(checkpoints.CheckpointError, match="another method"):
+        initialize.restore(models.EncoderDecoderModel(network), folder, base, batch)
+
+
+@pytest.mark.parametrize(
+    ("macros", "message"),
+    [
+        ({"adapters__LowRank__rank": 2}, "another method:\n  rules/0/module/rank: 4 in the"),
+        ({"adapters__LowRank__rank": 0}, "rank must be an integer of at least 1"),
+        ({"ADAPTED_LAYERS": ".*/qery"}, "matches no linear layer"),
+        ({"BATCH_SIZE": 7, "train__train__microbatches": 2}, "batch of 7 does not divide"),
+        ({"train__train__base_dtype": "float16"}, "use float32 or bfloat16"),
+        ({"TASK_FEATURE_LENGTHS": {"inputs": 8}}, 'whole numbers for "inputs" and "targets"'),
+        ({"MIXTURE_OR_TASK_NAME": "tyo"}, "Did you mean 'toy'"),
+        ({"BASE": "/nowhere"}, "/nowhere does not exist"),
+        ({"MODEL_DIR": "/proc/run"}, "MODEL_DIR /proc/run cannot be written"),
+        ({"INITIAL_CHECKPOINT_PATH": "/nowhere", "MODEL_DIR": "NEW"}, "no checkpoint at /nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(adapted, tmp_path, macros, message):
+    folder, _, options = adapted
+    options = options | {"MODEL_DIR": folder} | macros
+    if options["MODEL_DIR"] == "NEW":
+        options["MODEL_DIR"] = tmp_path
+    with pytest.raises(ValueError) as error:
+        train(*FLIX, **options)
+    assert message in str(error.value)
+    assert checkpoints.steps(folder) == [8]
+
+
+def test_a_base_of_another_size_or_vocabulary_is_refused(pretrained, tmp_path):
+    sizes = ("runs/finetune.gin", TESTDATA / "tiny.gin", "methods/lora.gin")
+    options = {"BASE": pretrained[0] / "base", "TRAIN_STEPS": 1, "MODEL_DIR": tmp_path}
+    with pytest.raises(ValueError, match=r"wi_0/kernel is \[16, 32\], the model has \[16, 48\]"):
+        train(*sizes, t5__T5Config__mlp_dim=48, **options)
+    with pytest.raises(
+        ValueError, match=r"vocabulary of task 'toy_copy_en' has 259.*100 embeddings"
+    ):
+        train(*sizes, t5__T5Config__vocab_size=100, **options)
+
+
+def test_a_mistake_is_one_line_and_an_exit_status(capsys):
+    import train as entry
+
+    assert entry.main(["--gin_file=runs/pretrian.gin"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no gin file 'runs/pretrian.gin'")
+    assert "Traceback" not in said
