@@ -149,6 +149,7 @@ def train(
         "mixture": mixture_or_task_name,
         "name": method,
         "seed": random_seed,
+        "seed": random_seed,
         "gin": operative_config(),
     }
     frozen = initialize.to_dtype(frozen, base_dtype)
