@@ -1,6 +1,7 @@
 """Our own folders: what is saved is what is loaded, and nothing else is taken for a base."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,17 @@ def test_jax_arrays_and_bfloat16_make_the_round_trip(tmp_path):
     assert wide["token_embedder"]["embedding"].dtype == np.float32
 
 
+def test_arrays_are_written_as_they_read_however_they_lie_in_memory(tmp_path):
+    config = t5.T5Config(**SIZES)
+    params = _params(config)
+    embedding = params["token_embedder"]["embedding"]
+    params["token_embedder"]["embedding"] = np.asfortranarray(embedding)
+    hub.save_base(tmp_path, config, params)
+    np.testing.assert_array_equal(
+        hub.load_base(tmp_path)[1]["token_embedder"]["embedding"], embedding
+    )
+
+
 def test_dtype_on_saving_rounds_to_nearest(tmp_path):
     config = t5.T5Config(**SIZES)
     params = _params(config)
@@ -134,11 +146,21 @@ def test_a_truncated_file_is_named(tmp_path, keep):
         hub.load_base(tmp_path)
 
 
-def test_a_save_cut_short_before_its_end_is_no_base(tmp_path):
+def test_a_save_cut_short_while_it_replaces_files_is_not_taken_for_a_base(tmp_path, monkeypatch):
     config = t5.T5Config(**SIZES)
     hub.save_base(tmp_path, config, _params(config))
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(hub.HubError, match="no config.json.*cut short.*model.safetensors"):
+    real, calls = os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        hub.save_base(tmp_path, config, _params(config, seed=1), max_shard_bytes=2000)
+    with pytest.raises(hub.HubError, match="no config.json.*cut short.*model-00001-of"):
         hub.load_base(tmp_path)
 
 
