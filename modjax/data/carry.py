@@ -22,10 +22,27 @@ KEY_FEATURE = seqio.Feature(
 
 _FLAGS = "too_long_flags"
 
+# Preprocessors that give one example for each that they take.
+_KEEPING = (
+    seqio.preprocessors.tokenize,
+    seqio.preprocessors.append_eos,
+    seqio.preprocessors.append_eos_after_trim,
+    seqio.preprocessors.rekey,
+)
+
 
 def key_of(task_name: str) -> int:
     """The number >= 1, below 2**29, that the examples of a task carry."""
     return zlib.crc32(task_name.encode()) % (2**29 - 1) + 1
+
+
+def keeps_every_example(preprocessor: Any) -> bool:
+    """Whether a preprocessor is known to drop no example, or says so by this attribute."""
+    return (
+        any(preprocessor is known for known in _KEEPING)
+        or isinstance(preprocessor, seqio.CacheDatasetPlaceholder)
+        or getattr(preprocessor, "keeps_every_example", False)
+    )
 
 
 def map_plainly(dataset: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
@@ -68,6 +85,9 @@ def _measure(
     return map_plainly(dataset, lambda ex: {**ex, _FLAGS: _too_long(ex, sequence_length, extra)})
 
 
+_measure.keeps_every_example = True  # type: ignore[attr-defined]
+
+
 def carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
     """The last preprocessor of every task: gives its examples their key, and refuses bad ones.
 
@@ -75,7 +95,7 @@ def carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
     """
     key = key_of(name) << FLAG_BITS
 
-    def step(
+    def carry_step(
         dataset: tf.data.Dataset,
         sequence_length: Mapping[str, int] | None = None,
         output_features: Mapping[str, seqio.Feature] | None = None,
@@ -100,7 +120,8 @@ def carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
 
         return map_plainly(dataset, add)
 
-    return step
+    carry_step.keeps_every_example = True  # type: ignore[attr-defined]
+    return carry_step
 
 
 def _problem(

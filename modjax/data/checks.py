@@ -1,12 +1,13 @@
 """What is checked of an input before its first batch, so that it fails at once and by name."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from modjax.data.carry import DATASET_KEY
+from modjax.data.carry import DATASET_KEY, keeps_every_example
 from modjax.errors import nearest
 
 
@@ -26,10 +27,11 @@ def check_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
 def check_splits(
     tasks: list[str], split: str, shard: seqio.ShardInfo, use_cached: bool = False
 ) -> None:
-    """Checks that the sources of the tasks that have the split have an example for this shard.
+    """Checks that the tasks that have the split have an example in it for each process.
 
-    SeqIO leaves the tasks without the split out of a mixture. Whether a task's preprocessors
-    leave anything of the examples is not asked: building them takes seconds in a large mixture.
+    SeqIO leaves the tasks without the split out of a mixture. A task whose examples are all
+    dropped by its preprocessors would be searched for ever; so those are run for one example,
+    unless they are known to drop none, because to build them all takes long in a large mixture.
 
     Raises:
       ValueError: no task has the split, or one has no example in it, or none for this process.
@@ -47,17 +49,32 @@ def check_splits(
             if number is None:
                 ds = task.source.get_dataset(split=split, shuffle=False)
                 number = sum(1 for _ in ds.take(shard.num_shards))
+            dropped = number and _may_drop(task) and not _has_any(task, split)
         except (ValueError, OSError) as e:
             raise ValueError(f"task {name!r}, split {split!r}: {e}") from e
         except tf.errors.OpError as e:
             raise ValueError(f"task {name!r}, split {split!r}: {plain(e)}") from e
         if number == 0:
             raise ValueError(f"task {name!r}: split {split!r} is empty.")
+        if dropped:
+            raise ValueError(
+                f"task {name!r}: split {split!r} is empty: its preprocessors drop every example."
+            )
         if number < shard.num_shards:
             raise ValueError(
                 f"task {name!r}: split {split!r} has {number} example(s), "
                 f"too few for {shard.num_shards} processes."
             )
+
+
+def _may_drop(task: seqio.Task) -> bool:
+    steps = [s.func if isinstance(s, functools.partial) else s for s in task.preprocessors]
+    return any(not keeps_every_example(s) for s in steps)
+
+
+def _has_any(task: seqio.Task, split: str) -> bool:
+    ds = task.get_dataset(None, split=split, shuffle=False, seed=0, try_in_mem_cache=False)
+    return any(True for _ in ds.take(1))
 
 
 def rows_per_process(batch_size: int, shard: seqio.ShardInfo) -> int:

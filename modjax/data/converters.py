@@ -185,7 +185,7 @@ def _look_up(table: KeyTable, ex: Mapping[str, tf.Tensor]) -> dict[str, tf.Tenso
     # Between the sorted keys 0 and `table.keys`, so that padding finds row 0.
     known = tf.constant(np.concatenate([[0], table.keys]), tf.int32)
     rows = tf.searchsorted(known, keys, side="right") - 1
-    problem = tf.reduce_join(tf.unique(tf.gather(tf.constant(table.problems), rows))[0])
+    problem = tf.strings.reduce_join(tf.unique(tf.gather(tf.constant(table.problems), rows))[0])
     unheard = tf.reduce_any(tf.not_equal(tf.gather(known, rows), keys))
     problem = tf.where(unheard, "An example comes from a task that is not registered.", problem)
     with tf.control_dependencies([tf.debugging.Assert(tf.equal(problem, ""), [problem])]):

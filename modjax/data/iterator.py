@@ -5,7 +5,7 @@ Legend: `B` rows of a batch that this process reads, `S` segments of a row, `F` 
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +34,7 @@ class TrainIterator(Iterator[Batch]):
 
     def __init__(
         self,
-        dataset: tf.data.Dataset,
+        make_dataset: Callable[[], tf.data.Dataset],
         table: KeyTable,
         settings: dict[str, Any],
         *,
@@ -43,12 +43,14 @@ class TrainIterator(Iterator[Batch]):
         on_too_long: Literal["count", "error"],
     ):
         self.settings, self.shard = json.loads(json.dumps(settings)), shard
-        self._dataset, self._table, self._rows = dataset, table, rows
+        self._make_dataset, self._table, self._rows = make_dataset, table, rows
         self._on_too_long = on_too_long
         self._start()
 
     def _start(self) -> None:
-        self._iterator = iter(self._dataset)
+        # A dataset made anew: a second iterator over the same one would be shuffled differently.
+        self._iterator = iter(self._make_dataset())
+        self._untouched = True
         self.position = 0
         self._counts = np.zeros((3, len(self._table.names) + 1), np.int64)
         self._sums = dict.fromkeys(("rows", "full_rows", "tokens", "positions"), 0)
@@ -71,6 +73,7 @@ class TrainIterator(Iterator[Batch]):
         return {**batch, "features": self._table.features[rows], "tasks": self._table.tasks[rows]}
 
     def _pull(self) -> dict[str, tf.Tensor]:
+        self._untouched = False
         try:
             return next(self._iterator)
         except tf.errors.OpError as e:
@@ -173,13 +176,13 @@ class TrainIterator(Iterator[Batch]):
         if differing and strict:
             what = "; ".join(f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in differing)
             raise ValueError(f"The data position in {directory} is of another input: {what}.")
-        self._start()
         if own and not differing and data["iterator_stored"] and self._read_state(directory):
             order = [data["names"].index(n) + 1 for n in self._table.names]
             self._counts = np.array(data["counts"], np.int64)[:, [0, *order]]
             self._sums, self.position = data["sums"], data["position"]
             return "exact"
-        self._start()
+        if not self._untouched:
+            self._start()
         for done in range(data["position"]):
             if next(self, None) is None:
                 raise ValueError(
@@ -207,13 +210,14 @@ class TrainIterator(Iterator[Batch]):
             raise ValueError(f"The data position {path} is damaged: {e!r}.") from e
 
     def _read_state(self, directory: str) -> bool:
+        self._untouched = False
         stem = _join(directory, _stem(self.shard))
         try:
             status = tf.train.Checkpoint(iterator=self._iterator).read(f"{stem}.iterator")
             status.assert_existing_objects_matched()
-        except (tf.errors.OpError, AssertionError) as e:
-            # Another version of tensorflow or of a preprocessor, or a lost file: the seeds still
-            # lead to the same place.
+        except Exception as e:
+            # A lost or damaged file, another version of tensorflow or of a preprocessor, reported
+            # by exceptions of many kinds; whatever it is, the seeds lead to the same place.
             logging.warning("Reading batches again, as the input's state was refused: %s", e)
             return False
         return True

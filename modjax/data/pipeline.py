@@ -95,24 +95,30 @@ def train_iterator(
         "num_epochs": num_epochs,
     }
     check_splits(tasks, split, shard, use_cached)
-    ds = seqio.get_mixture_or_task(mixture).get_dataset(
-        lengths,
-        split=split,
-        use_cached=use_cached,
-        shuffle=shuffle,
-        seed=seed,
-        shard_info=shard,
-        num_epochs=num_epochs,
-        trim_output_features=False,  # the step that adds the key has trimmed
-        # It would freeze the order of the first epoch and put whole datasets into checkpoints.
-        try_in_mem_cache=False,
-    )
-    ds = _only(ds, lengths)
-    # Task and packer have trimmed already: checking every example again costs a fifth of the time.
+    # The key step and the packer have trimmed: checking each example again takes a fifth longer.
     converter = EncDecFeatureConverter(pack, max_segments=max_segments, apply_length_check=False)
-    ds = converter(ds, lengths)
-    ds = ds.batch(rows, drop_remainder=num_epochs is None).prefetch(4).with_options(_options())
-    return TrainIterator(ds, table, settings, shard=shard, rows=rows, on_too_long=on_too_long)
+
+    def make_dataset() -> tf.data.Dataset:
+        ds = seqio.get_mixture_or_task(mixture).get_dataset(
+            lengths,
+            split=split,
+            use_cached=use_cached,
+            shuffle=shuffle,
+            seed=seed,
+            shard_info=shard,
+            num_epochs=num_epochs,
+            trim_output_features=False,  # the step that adds the key has trimmed
+            # It would freeze the order of the first epoch and put whole datasets into checkpoints.
+            try_in_mem_cache=False,
+        )
+        ds = _only(ds, lengths)
+        ds = converter(ds, lengths)
+        ds = ds.batch(rows, drop_remainder=num_epochs is None)
+        return ds.prefetch(4).with_options(_options())
+
+    return TrainIterator(
+        make_dataset, table, settings, shard=shard, rows=rows, on_too_long=on_too_long
+    )
 
 
 def eval_batches(
