@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from modjax.adapters.adapted import Adapted, Mixture, Rule
 from modjax.adapters.modules import LowRank
-from modjax.adapters.trees import Tree, from_places, places
+from modjax.adapters.trees import Tree, from_places, places, within
 
 
 def compose(
@@ -71,9 +71,10 @@ def merge(adapted: Adapted, adapters: Tree, base: Tree, **features: Any) -> dict
     composed, pairs = compose(adapted, adapters, **features)
     flat = dict(flatten_dict(base, sep="/"))
     for (path, _), pair in places(pairs, composed).items():
-        kernel = flat[f"{path}/kernel"]
+        kernel_path = within(path, "kernel")
+        kernel = flat[kernel_path]
         a, b = (jnp.asarray(pair[k], jnp.float32) for k in ("a", "b"))
         update = jnp.einsum("...dr,...rk->...dk", a, b, precision="highest")
         merged = jnp.asarray(kernel, jnp.float32) + update.reshape(kernel.shape)
-        flat[f"{path}/kernel"] = merged.astype(kernel.dtype)
+        flat[kernel_path] = merged.astype(kernel.dtype)
     return unflatten_dict(flat, sep="/")

@@ -55,9 +55,13 @@ def places(adapters: Tree, adapted: Adapted) -> dict[tuple[str, str], dict[str, 
 
 def from_places(banks: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
     """The tree of `places`."""
-    return unflatten_dict(
-        {(*p.split("/"), n, k): v for (p, n), bank in banks.items() for k, v in bank.items()}
-    )
+    flat = {within(p, f"{n}/{k}"): v for (p, n), bank in banks.items() for k, v in bank.items()}
+    return unflatten_dict(flat, sep="/")
+
+
+def within(layer: str, name: str) -> str:
+    """The path of a leaf of a layer; the layer may be the whole network, whose path is empty."""
+    return f"{layer}/{name}" if layer else name
 
 
 def logical_axes(adapters: Tree, adapted: Adapted, base: Tree, base_axes: Tree) -> dict[str, Any]:
@@ -80,9 +84,9 @@ def logical_axes(adapters: Tree, adapted: Adapted, base: Tree, base_axes: Tree) 
     axes: dict[tuple[str, str], dict[str, Any]] = {}
     for (path, name), bank in places(adapters, adapted).items():
         lead = bank["a"].ndim - 2
-        metadata = named.get(f"{path}/kernel_axes")
+        metadata = named.get(within(path, "kernel_axes"))
         names: tuple[Any, ...] = tuple(getattr(metadata, "names", metadata) or ())
-        shape = kernels[f"{path}/kernel"].shape
+        shape = kernels[within(path, "kernel")].shape
         if len(names) != len(shape):
             names = (None,) * len(shape)
         # A kernel may spread its input or output over several axes; the first one is the one that shards.
