@@ -8,6 +8,12 @@ encoder's output, its tokens, `features`) is expanded by the caller with
 
 Decodes come back as `[B, num_decodes, L]` with scores `[B, num_decodes]`, worst first: take
 `[:, -1]` for the best.
+
+Sequences and scores are T5X's (`t5x/decoding.py`, April 2026), with these exceptions, where T5X's
+are of no use: behind a prompt that fills `inputs`, beam search goes on freely, where T5X repeats
+the prompt's last token; with a temperature per example, the decodes of one example differ, where
+T5X draws them all with the same noise; a `topp` of 0 that is traced means no limit, where T5X draws
+uniformly. Logits of lower precision are computed on in float32, and may hold -inf.
 """
 
 from modjax.decoding.beams import (

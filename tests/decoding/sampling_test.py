@@ -255,7 +255,6 @@ def test_max_decode_steps_count_from_each_prompts_end(make_toy):
         )[0]
 
     for steps, generated in ((0, 0), (2, 2), (7, 3)):
-        # Position by position is at least one step: a row without budget still makes its first.
         want = INDEX + generated
         assert np.count_nonzero(decode(steps)[:, 0], axis=1).tolist() == want.tolist()
 
