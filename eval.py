@@ -19,6 +19,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,6 +85,7 @@ def evaluate(
     from modjax.evaluation import predict, report, results, runner
 
     first = jax.process_index() == 0
+    config = operative_config()
     launch.import_tasks(mixture_or_task_module)
     mesh = partitioning.make_mesh(model_parallel)
     partitioning.check_batch(batch_size, mesh)
@@ -160,7 +162,7 @@ def evaluate(
         "command": shlex.join(sys.argv),
     }
     results.write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
-    results.write_text(folder / "config.gin", operative_config())
+    results.write_text(folder / "config.gin", config)
     results.write(folder / "results.json", found.rows)
     if trimmed:
         print(f"cut to the length limit: {trimmed}; raise TASK_FEATURE_LENGTHS to keep them whole")
@@ -222,8 +224,10 @@ def main(argv: Sequence[str]) -> int:
         flags = launch.parse_flags(argv, "Evaluates a checkpoint; see gin_configs/runs/eval.gin.")
         launch.start_processes(flags)
         launch.load_gin(flags, "eval")
-        gin.get_configurable(evaluate)(operative_config=gin.operative_config_str)
-    except (launch.ConfigError, checkpoints.CheckpointError) as error:
+        gin.get_configurable(evaluate)(operative_config=partial(launch.operative_config, flags))
+    except ValueError as error:
+        if not launch.is_users(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

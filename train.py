@@ -17,6 +17,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -148,7 +149,6 @@ def train(
         "base": provenance.fingerprint(frozen),
         "mixture": mixture_or_task_name,
         "name": method,
-        "seed": random_seed,
         "seed": random_seed,
         "gin": operative_config(),
     }
@@ -308,17 +308,17 @@ def _export(folder: str, model: Any, state: TrainState, frozen: Any) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Reads flags and gin files, joins the job, trains. Errors in what the user wrote end in one
-    line, not a trace.
-    """
+    """Reads flags and gin files, joins the job, trains. A user's mistake is one line, no trace."""
     import gin
 
     try:
         flags = launch.parse_flags(argv, "Trains a model; see gin_configs/runs.")
         launch.start_processes(flags)
         launch.load_gin(flags, "train")
-        gin.get_configurable(train)(operative_config=gin.operative_config_str)
-    except (launch.ConfigError, checkpoints.CheckpointError) as error:
+        gin.get_configurable(train)(operative_config=partial(launch.operative_config, flags))
+    except (ValueError, FloatingPointError) as error:
+        if not launch.is_users(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -202,6 +202,27 @@ def _check_macros(gin: Any) -> None:
             raise ConfigError(f"{name} must be set: --gin.{name}=VALUE")
 
 
+def operative_config(flags: Flags) -> str:
+    """The configuration as it was used, once all objects are made; may be given as a gin file again.
+
+    Raises:
+      ConfigError: a parameter set on the command line belongs to something that this run never
+        made, so that the setting would have no effect.
+    """
+    import gin
+
+    text = gin.operative_config_str()
+    for binding in flags.bindings:
+        name = binding.partition(" = ")[0].rpartition("/")[2]
+        ending = ".".join(name.split(".")[-2:])
+        if "." in name and not re.search(rf"(^|[./]){re.escape(ending)} =", text, re.MULTILINE):
+            raise ConfigError(
+                f"{name} is set but this run does not use {name.rpartition('.')[0]}, "
+                "so it would have no effect"
+            )
+    return text
+
+
 def _explain(
     error: Exception, folders: Sequence[str], imports: Mapping[str, str], bindings: Sequence[str]
 ) -> str:
@@ -246,6 +267,11 @@ def _names(imports: Mapping[str, str]) -> list[str]:
         and not name.startswith("_")
         and str(getattr(value, "__module__", "")).startswith(("modjax", alias))
     ]
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error is one that this package raises about what it was given."""
+    return any(kind.__module__.startswith("modjax.") for kind in type(error).__mro__)
 
 
 def import_tasks(modules: str | Sequence[str] | None) -> None:

@@ -119,8 +119,9 @@ def fit(
             keep(step)
         if eval_every and evaluate is not None and (step % eval_every == 0 or step == train_steps):
             reader.drain()
+            began = time.monotonic()
             evaluate(step, state)
-            reader.start_clock()
+            reader.leave_out(time.monotonic() - began)
     reader.drain()
     keep(step)
     return state, step
@@ -147,10 +148,11 @@ class _Reader:
         self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._totals: dict[str, float] = {}
         self._steps = 0
-        self.start_clock()
-
-    def start_clock(self) -> None:
         self._clock = time.monotonic()
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes time that was not spent training from the next log line."""
+        self._clock += seconds
 
     def push(self, step: int, scalars: dict[str, jax.Array]) -> None:
         for value in scalars.values():

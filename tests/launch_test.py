@@ -147,3 +147,19 @@ def test_a_task_module_that_does_not_exist_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="package_that_is_not_installed"):
         launch.import_tasks(["broken_tasks"])
+
+
+def test_a_setting_on_the_command_line_that_has_no_effect_is_refused():
+    import gin
+
+    def made(*argv):
+        flags = launch.parse_flags([BASE, METHOD, RUN, *SET, *argv], "test")
+        launch.load_gin(flags, "train")
+        gin.query_parameter("train.train.model").scoped_configurable_fn()
+        gin.query_parameter("train.train.optimizer").scoped_configurable_fn()
+        return launch.operative_config(flags)
+
+    used = "--gin.optimizers.adafactor.decay_rate=0.9"
+    assert "adafactor.decay_rate = 0.9" in made(used, "--gin.Z_LOSS=0.1")
+    with pytest.raises(launch.ConfigError, match="adamw.b2 is set but this run does not use"):
+        made(used, "--gin.optimizers.adamw.b2=0.9")
