@@ -250,7 +250,8 @@ class EncoderDecoderModel:
           return_all_decodes: return `[B, num_decodes, L]`, in ascending order of score.
 
         Returns:
-          (tokens int32 `[B, L]`, {"scores": float32 `[B]`}).
+          (tokens int32 `[B, L]`, {"scores": float32 `[B]`}). Scores are log probabilities in nats: of the decoder's
+          own distribution when sampling, divided by the length penalty in beam search.
         """
 
         def pick(value: Any, default: Any) -> Any:
@@ -301,32 +302,27 @@ class EncoderDecoderModel:
 
         prompt = jnp.zeros((inputs.shape[0], max_decode_len), jnp.int32)
         scanned = bool(getattr(getattr(self.network, "config", None), "scan_layers", False))
-        common: dict[str, Any] = {
-            "num_decodes": num_decodes,
-            "cache_offset": 1 if scanned else 0,
-        }
-        if decoder == "beam":
+        offset = 1 if scanned else 0
+        start = (prompt, cache["cache"], tokens_to_logits, self.eos_id)
+        if decoder == "greedy":
+            decodes, scores = decoding.greedy_decode(*start, cache_offset=offset)
+        elif decoder == "beam":
             decodes, scores = decoding.beam_search(
-                prompt,
-                cache["cache"],
-                tokens_to_logits,
-                self.eos_id,
+                *start,
+                num_decodes=num_decodes,
                 alpha=pick(alpha, self.alpha),
                 max_decode_len=max_decode_len,
-                **common,
+                cache_offset=offset,
             )
         else:
-            greedy = decoder == "greedy"
             decodes, scores = decoding.temperature_sample(
-                prompt,
-                cache["cache"],
-                tokens_to_logits,
-                self.eos_id,
-                decode_rng=jax.random.key(0) if rng is None else rng,
-                temperature=0.0 if greedy else pick(temperature, self.temperature),
-                topk=1 if greedy else pick(topk, self.topk),
-                topp=0.0 if greedy else pick(topp, self.topp),
-                **common,
+                *start,
+                decode_rng=rng,
+                num_decodes=num_decodes,
+                temperature=pick(temperature, self.temperature),
+                topk=pick(topk, self.topk),
+                topp=pick(topp, self.topp),
+                cache_offset=offset,
             )
         if return_all_decodes:
             return decodes, {"scores": scores}

@@ -183,6 +183,16 @@ def test_beam_scores_are_the_scores_of_the_decoded_sequences(flix, batch):
         np.testing.assert_allclose(scores[ended], aux["scores"][ended, k], atol=1e-4)
 
 
+def test_greedy_scores_are_the_networks_log_probabilities(flix, batch):
+    model, params = flix
+    tokens, aux = jax.jit(model.predict_batch_with_aux)(params, batch)
+    scored = batch | {
+        "decoder_target_tokens": tokens,
+        "decoder_input_tokens": jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1],
+    }
+    np.testing.assert_allclose(aux["scores"], jax.jit(model.score_batch)(params, scored), atol=1e-4)
+
+
 def test_what_cannot_be_is_refused(flix, batch):
     model, params = flix
     with pytest.raises(ValueError, match="Did you mean 'greedy'"):
