@@ -1,0 +1,124 @@
+"""The six-language benchmark's run: its gin files fit together, and done steps are not repeated."""
+
+import json
+
+import pytest
+import seqio
+
+from benchmarks.mtop6 import run
+from modjax import adapters, launch
+from modjax.data import registry
+from tasks import files, mtop6
+
+
+@pytest.fixture
+def gin():
+    import gin
+
+    yield gin
+    gin.clear_config(clear_constants=True)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with the configuration of a base, as `bases/folder.gin` reads it."""
+    from modjax import hub
+    from modjax.networks import t5
+
+    config = t5.T5Config(
+        vocab_size=384,
+        emb_dim=8,
+        num_heads=1,
+        head_dim=8,
+        mlp_dim=8,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        mlp_activations=("gelu", "linear"),
+        dropout_rate=0.0,
+    )
+    import jax
+    import numpy as np
+
+    tokens, network = np.ones((1, 2), np.int32), t5.Transformer(config)
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens, tokens, tokens))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["params"])
+    hub.save_base(tmp_path / "base", config, params)
+    return tmp_path / "base"
+
+
+def called(monkeypatch, gin, entry, name):
+    """Replaces an entry point's function by one that keeps what gin would call it with."""
+    calls = []
+    real = gin.get_configurable
+
+    def configurable(function):
+        assert (function.__module__, function.__name__) == (entry, name)
+        bound = gin.get_bindings(real(function))
+        return lambda **kwargs: calls.append({**bound, **kwargs})
+
+    monkeypatch.setattr(gin, "get_configurable", configurable)
+    return calls
+
+
+def test_pretraining_trains_all_of_a_base_whose_vocabulary_is_that_of_the_tasks(
+    monkeypatch, gin, tmp_path
+):
+    calls = called(monkeypatch, gin, "train", "train")
+    run.pretrain(tmp_path / "b", ["DATA_DIR = '/data'"])
+    (call,) = calls
+    assert call["model"].adapted is None and call["export_dir"] == str(tmp_path / "b")
+    config = call["model"].network.config
+    for task in registry.tasks_of(call["mixture_or_task_name"]):
+        features = seqio.TaskRegistry.get(task).output_features
+        assert features["targets"].vocabulary.vocab_size <= config.vocab_size
+    assert files.data_dir() == "/data"
+
+
+@pytest.mark.parametrize("method", ["lora", "flix"])
+def test_methods_adapt_the_same_base_with_the_same_compute(monkeypatch, gin, base, method):
+    calls = called(monkeypatch, gin, "train", "train")
+    run.adapt(method, 3, base, base.parent / "m", ["TRAIN_STEPS = 7"])
+    (call,) = calls
+    assert (call["random_seed"], call["train_steps"]) == (3, 7)
+    assert call["mixture_or_task_name"] == "mtop6_train" and call["base"] == str(base)
+    lengths, (inputs, targets, _) = call["task_feature_lengths"], mtop6.limits()
+    assert lengths == {"inputs": inputs + 1, "targets": targets + 1}
+    (rule,) = call["model"].adapted.rules
+    # An example has a task and a language.
+    active = {"lora": 1, "flix": 2}[method]
+    assert isinstance(rule, adapters.Rule) and rule.mixture.module.rank * active == 8
+
+
+def test_the_evaluation_covers_all_languages_and_is_not_shorter_than_training(
+    monkeypatch, gin, base
+):
+    calls = called(monkeypatch, gin, "eval", "evaluate")
+    run.evaluate("flix", base, base.parent / "m", [])
+    (call,) = calls
+    assert call["mixture_or_task_name"] == "mtop6_eval" and call["split"] == "test"
+    inputs, targets, _ = mtop6.limits()
+    assert call["task_feature_lengths"]["inputs"] > inputs
+    assert call["task_feature_lengths"]["targets"] > targets
+    assert call["checkpoint_path"] == str(base.parent / "m")
+
+
+def test_a_misspelt_binding_of_the_run_is_an_error(gin, tmp_path):
+    with pytest.raises(launch.ConfigError, match="TRAIN_STEP "):
+        run.pretrain(tmp_path / "b", ["TRAIN_STEP = 1"])
+
+
+def test_done_steps_are_not_repeated_and_failed_ones_are(tmp_path):
+    path, done = tmp_path / "seconds.json", []
+
+    def fail():
+        raise RuntimeError("stopped")
+
+    ledger = run.Ledger(path)
+    ledger.do("one", lambda: done.append("one"))
+    with pytest.raises(RuntimeError):
+        ledger.do("two", fail)
+    again = run.Ledger(path)
+    again.do("one", lambda: done.append("one again"))
+    again.do("two", lambda: done.append("two"))
+    assert done == ["one", "two"]
+    assert set(json.loads(path.read_text())) == {"one", "two"}
