@@ -1,5 +1,6 @@
 """Folders as transformers writes them: shards, bfloat16, and pickled weights by our recipe."""
 
+import copy
 import json
 import re
 
@@ -29,12 +30,9 @@ def test_shards_written_by_transformers_load_as_one_file_does(hf_t5, tmp_path):
 
 
 def test_bfloat16_written_by_transformers_is_read_bit_by_bit(hf_t5, tmp_path):
-    model, folder = hf_t5("t5")
-    try:
-        model.to(torch.bfloat16).save_pretrained(tmp_path)
-        query = model.encoder.block[1].layer[0].SelfAttention.q.weight.detach().float().numpy()
-    finally:
-        model.to(torch.float32)
+    model = copy.deepcopy(hf_t5("t5")[0]).to(torch.bfloat16)  # other tests use the original
+    model.save_pretrained(tmp_path)
+    query = model.encoder.block[1].layer[0].SelfAttention.q.weight.detach().float().numpy()
     ours = hub.load_base(tmp_path)[1]["encoder"]["layers_1"]["attention"]["query"]["kernel"]
     assert ours.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(ours.astype(np.float32), query.T)
