@@ -23,7 +23,7 @@ setuptools.setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "numpy>=2",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "tensorboardX>=2.6.4",
         "tqdm>=4.66",
         # Data, evaluation and the entry points.
