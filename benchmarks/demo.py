@@ -21,7 +21,12 @@ LENGTHS = {"inputs": 80, "targets": 80}
 
 
 def run(
-    method: str, seed: int, folder: pathlib.Path, bindings: Sequence[str], examples: int
+    method: str,
+    seed: int,
+    folder: pathlib.Path,
+    base: str,
+    bindings: Sequence[str],
+    examples: int,
 ) -> str:
     """Trains and evaluates one method with one seed; returns the evaluation's folder."""
     import gin
@@ -32,8 +37,8 @@ def run(
 
     files = ("bases/folder.gin", f"methods/{method}.gin")
     model_dir = folder / f"{method}_{seed}"
-    mine = (f"MODEL_DIR = {str(model_dir)!r}", f"RANDOM_SEED = {seed}", *bindings)
-    launch.load_gin(launch.Flags((*files, "demo.gin"), mine, ()), "train")
+    mine = (f"MODEL_DIR = {str(model_dir)!r}", f"RANDOM_SEED = {seed}", f"BASE = {base!r}")
+    launch.load_gin(launch.Flags((*files, "demo.gin"), (*mine, *bindings), ()), "train")
     gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
 
     values = {
@@ -41,7 +46,7 @@ def run(
         "MIXTURE_OR_TASK_MODULE": "tasks.babel",
         "TASK_FEATURE_LENGTHS": LENGTHS,
         "BATCH_SIZE": 128,
-        "BASE": "tasks/assets/babel_base",
+        "BASE": base,
         "CHECKPOINT_PATH": str(model_dir),
         "EVAL_OUTPUT_DIR": str(model_dir / "eval"),
         "eval.evaluate.max_examples": examples,
@@ -57,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default="runs/demo", type=pathlib.Path)
     parser.add_argument("--methods", nargs="+", default=["lora", "flix"])
+    parser.add_argument("--base", default="tasks/assets/babel_base")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="start no seed that would exceed this"
@@ -79,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         if seeds and elapsed * (len(seeds) + 1) / len(seeds) > args.minutes:
             break
         for method in args.methods:
-            evaluations.append(run(method, seed, args.output, args.bind, args.examples))
+            evaluations.append(run(method, seed, args.output, args.base, args.bind, args.examples))
         seeds.append(seed)
     rows = evaluation.compare(
         evaluations,

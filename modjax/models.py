@@ -109,10 +109,12 @@ class EncoderDecoderModel:
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Any:  # T5X's name
-        """The SeqIO feature converter of this kind of model; imports SeqIO."""
-        from modjax.data import converters
+        """The SeqIO feature converter for this model's batches; imports SeqIO."""
+        from modjax.data import converters, seqio
 
-        return converters.EncDecFeatureConverter
+        if self.adapted is None or self.adapted.space is None:
+            return seqio.EncDecFeatureConverter
+        return converters.EncDecFeatureConverter.bind(self.adapted.space)
 
     def with_space(self, space: FeatureSpace) -> "EncoderDecoderModel":
         """The same model with its routers bound to the names of `space`."""

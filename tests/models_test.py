@@ -190,7 +190,12 @@ def test_greedy_scores_are_the_networks_log_probabilities(flix, batch):
         "decoder_target_tokens": tokens,
         "decoder_input_tokens": jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1],
     }
-    np.testing.assert_allclose(aux["scores"], jax.jit(model.score_batch)(params, scored), atol=1e-4)
+    scores = jax.jit(model.score_batch)(params, scored)
+    # A random network may say token 0 before the end, which a target cannot hold.
+    after = jnp.cumsum(tokens == model.eos_id, axis=1) > 0
+    sound = np.asarray(((tokens > 0) | after).all(1))
+    assert sound.sum() >= 2
+    np.testing.assert_allclose(aux["scores"][sound], scores[sound], atol=1e-4)
 
 
 def test_what_cannot_be_is_refused(flix, batch):

@@ -5,10 +5,12 @@ import pytest
 import seqio
 import tensorflow as tf
 
+from modjax import adapters
 from modjax.data import converters, pipeline, registry
 from modjax.data.carry import DATASET_KEY, FLAG_BITS, key_of
 from modjax.data.sources import ExamplesSource
 from modjax.features import FeatureSpace
+from modjax.models import EncoderDecoderModel
 
 FEATURES = {k: seqio.Feature(seqio.ByteVocabulary()) for k in ("inputs", "targets")}
 STEPS = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
@@ -99,7 +101,9 @@ def test_a_task_outside_the_space_is_an_error_or_none_as_asked():
     make = converters.EncDecFeatureConverter
     with pytest.raises(ValueError, match="task 'cv_a': unknown value 'a' of feature 'language'"):
         make(False, space=space, tasks=["cv_a"])(ds, LENGTHS)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="cv_a.*unknown value .*a.* of feature"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="cv_a.*unknown value .*a.* of feature"
+    ):
         next(iter(make(False, space=space)(ds, LENGTHS)))
     (row,) = make(False, space=space, unknown="none")(ds, LENGTHS).as_numpy_iterator()
     assert row["features"].tolist() == [[1, 0, 0]] and row["tasks"].tolist() == [0]
@@ -124,3 +128,15 @@ def test_the_same_examples_packed_and_not():
     assert (plain["decoder_loss_weights"] != 0).sum() == (packed["decoder_segment_ids"] > 0).sum()
     with pytest.raises(ValueError, match="max_segments"):
         converters.EncDecFeatureConverter(max_segments=0)
+
+
+def test_a_model_names_the_converter_of_its_batches(make_t5):
+    rules = (adapters.Rule(".*", adapters.Mixture("flix", router=adapters.Features())),)
+    model = EncoderDecoderModel(adapters.Adapted(make_t5(), rules))
+    bound = model.with_space(registry.feature_space("cv_mix"))
+    ds = tokens([([7, 8, 1], [5, 6, 1])])
+    (row,) = bound.FEATURE_CONVERTER_CLS(pack=True)(ds, LENGTHS).as_numpy_iterator()
+    assert row["features"][0].tolist() == [1, 1, 0] and row["tasks"][0] == 1
+    plain = EncoderDecoderModel(make_t5()).FEATURE_CONVERTER_CLS(pack=True)
+    (row,) = plain(ds, LENGTHS).as_numpy_iterator()
+    assert "features" not in row and row["decoder_target_tokens"][0] == 5
