@@ -167,6 +167,14 @@ def test_groups_have_rates_and_decays_of_their_own():
     np.testing.assert_allclose(update["query"]["kernel"], -0.01 - 0.01 * 2.0, rtol=1e-5)
 
 
+def test_a_pattern_must_match_the_whole_path():
+    params = {"a": np.ones(2, np.float32), "ab": np.ones(2, np.float32)}
+    groups = (Group("a", multiplier=10.0), Group(".*"))
+    update = updates(Optimizer(learning_rate=0.01, groups=groups), params)
+    np.testing.assert_allclose(update["a"], -0.1, rtol=1e-5)
+    np.testing.assert_allclose(update["ab"], -0.01, rtol=1e-5)
+
+
 def test_the_rates_that_are_logged_are_those_of_the_trained_groups():
     groups = (Group("a", train=False), Group("b", multiplier=2.0), Group("c", learning_rate=0.5))
     rates = Optimizer(learning_rate=schedule(0.1, warmup=10), groups=groups).rates(jnp.int32(5))

@@ -8,9 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from modjax import loop, partitioning
+from modjax import loop, optimizers, partitioning, trainer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "testdata"))
 from tower import Batches, Model, make, run  # noqa: E402
@@ -41,10 +42,42 @@ def test_no_gradient_is_computed_for_the_frozen_part():
 
 
 @pytest.mark.parametrize("mean", [True, False])
-def test_microbatches_give_the_update_of_the_one_big_batch(mean):
-    whole, _, _ = run(model=Model(mean=mean))
-    parts, _, _ = run(model=Model(mean=mean), microbatches=4)
-    assert_trees_close(parts, whole, rtol=1e-5, atol=1e-6)
+def test_microbatches_give_the_gradient_of_the_one_big_batch(mean):
+    model, batch = Model(mean=mean), next(Batches())
+    params = model.init(jax.random.key(0))
+
+    def loss(adapter):
+        value, sums = model.loss_sums(params | {"adapter": adapter}, batch, None)
+        return value / model.denominator(sums)
+
+    gradient = jax.grad(loss)(params["adapter"])
+    for microbatches in (1, 4):
+        # Without an algorithm the update is the gradient itself.
+        trained, _, _ = run(
+            1, model=model, microbatches=microbatches, algorithm=optax.identity(), rate=1.0
+        )
+        moved = jax.tree.map(lambda old, new: old - new, params["adapter"], trained["adapter"])
+        assert_trees_close(moved, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_updates_are_scaled_where_rates_say_so():
+    made, state, frozen, params = make(algorithm=optax.identity())
+    rates = {"adapter": {"kernel": np.array([[0.0, 1.0, 2.0, 1.0]], np.float32)}}
+    scaled = trainer.Trainer(
+        Model(),
+        optimizers.Optimizer(optax.identity(), 1e-2),
+        made.mesh,
+        {"adapter": params["adapter"]},
+        {"base": params["base"]},
+        rates=rates,
+    )
+    other = scaled.init_state({"adapter": params["adapter"]}, seed=1)
+    state, _ = loop.fit(made, state, frozen, Batches(), 1)
+    other, _ = loop.fit(scaled, other, frozen, Batches(), 1)
+    for name, factor in (("kernel", rates["adapter"]["kernel"]), ("bias", 1.0)):
+        plain = state.trained["adapter"][name] - params["adapter"][name]
+        moved = other.trained["adapter"][name] - params["adapter"][name]
+        np.testing.assert_allclose(moved, plain * factor, rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_moves_nothing_between_host_and_device():
@@ -69,18 +102,19 @@ def test_the_state_is_donated():
     assert all(x.is_deleted() for x in jax.tree.leaves(state.trained))
 
 
-def test_dropout_of_a_step_depends_on_the_seed_and_the_step_alone():
-    model = Model(dropout=True)
-    made, state, frozen, _ = make(model)
-    batches = Batches()
-    state, _ = loop.fit(made, state, frozen, batches, 2)
-    kept = jax.device_get(state)
-    whole, _ = loop.fit(made, state, frozen, batches, 4)
-    state = partitioning.place(kept, made.state_sharding)
-    batches = Batches()
-    batches.position = 2
-    again, _ = loop.fit(made, state, frozen, batches, 4)
-    assert_trees_close(jax.device_get(again.trained), jax.device_get(whole.trained), rtol=0)
+def test_what_a_step_draws_depends_on_the_seed_and_the_step_alone():
+    made, state, frozen, _ = make(Model(dropout=True))
+    draws = []
+
+    def log(step, sums):
+        draws.append(sums["draw"])
+
+    state, _ = loop.fit(made, state, frozen, Batches(), 2, log_every=1, log=log)
+    # As after a restart: the state was on the host, and the input is another one.
+    state = partitioning.place(jax.device_get(state), made.state_sharding)
+    loop.fit(made, state, frozen, Batches(), 4, log_every=1, log=log)
+    keys = [jax.random.fold_in(jax.random.key(1), step) for step in range(4)]
+    assert draws == [float(jax.random.uniform(key)) for key in keys]
 
 
 @pytest.mark.parametrize("bad_at", [1, 3, 9])

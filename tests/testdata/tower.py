@@ -35,7 +35,8 @@ class Model:
         out = Tower().apply({"params": params}, batch["x"], train, rngs=rngs)
         loss = jnp.sum(jnp.square(out - batch["y"]).sum(-1) * batch["w"])
         weight = batch["w"].sum()
-        return loss, {"loss": loss, "weight": weight, "correct": weight * 0}
+        draw = jnp.float32(0) if rng is None else jax.random.uniform(rng)
+        return loss, {"loss": loss, "weight": weight, "draw": draw}
 
     def denominator(self, sums):
         return sums["weight"] if self.mean else jnp.float32(1)
@@ -69,10 +70,13 @@ class Batches:
         self.position = int(np.load(os.path.join(directory, "position.npy")))
 
 
-def make(model=None, devices=None, model_parallel=1, microbatches=1, rate=1e-2, axes=None):
+def make(
+    model=None, devices=None, model_parallel=1, microbatches=1, rate=1e-2, axes=None, algorithm=None
+):
     model = Model() if model is None else model
     mesh = partitioning.make_mesh(model_parallel, jax.devices()[:1] if devices is None else devices)
     optimizer = optimizers.Optimizer(
+        algorithm=optimizers.adamw() if algorithm is None else algorithm,
         learning_rate=rate,
         groups=(optimizers.Group("adapter/.*"), optimizers.Group(".*", train=False)),
     )

@@ -1,0 +1,58 @@
+"""Each parameter and each name has one source."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modjax import initialize
+from modjax.features import FeatureSpace
+from modjax.provenance import CheckpointError
+
+STORED = FeatureSpace((("task", ("parse",)), ("language", ("en", "sw"))), datasets=("a", "b"))
+
+
+def resolve(*languages, own=True, feature="language", datasets=("a",)):
+    derived = FeatureSpace((("task", ("parse",)), (feature, languages)), datasets=datasets)
+    return initialize.resolve_space(derived, STORED, own, "runs/x/checkpoint_3")
+
+
+def test_a_continued_run_has_the_ids_of_its_checkpoint_whatever_the_order_of_its_mixture():
+    assert resolve("sw", "en", datasets=("b", "a")) == STORED
+    assert resolve("sw") == STORED
+
+
+def test_another_run_appends_what_the_checkpoint_lacks():
+    space = resolve("yo", "sw", own=False, datasets=("c",))
+    assert space.values("language") == ("en", "sw", "yo")
+    assert space.datasets == ("a", "b", "c")
+
+
+def test_a_run_of_its_own_may_not_change_its_names():
+    with pytest.raises(CheckpointError, match="trained without language 'yo'.*INITIAL_CHECKPOINT"):
+        resolve("yo")
+    with pytest.raises(CheckpointError, match="trained without dataset 'c'"):
+        resolve("en", datasets=("c",))
+    for own in (True, False):
+        with pytest.raises(CheckpointError, match="no feature 'langauge'. Did you mean 'language'"):
+            resolve("en", feature="langauge", own=own)
+
+
+def test_a_base_gives_every_parameter_or_is_refused():
+    wanted = {"a": {"kernel": np.ones((2, 3)), "lora": {"b": np.ones((1, 3))}}, "c": np.ones(2)}
+    base = {"a": {"kernel": np.full((2, 3), 7.0)}, "c": np.ones(2), "unused": np.ones(1)}
+    taken = initialize.take_base(wanted, base, ["lora"], "here")
+    assert set(taken) == {"a", "c"} and set(taken["a"]) == {"kernel"}
+    assert taken["a"]["kernel"] is base["a"]["kernel"]
+    with pytest.raises(ValueError, match="base here does not fit the model: a/lora/b is missing"):
+        initialize.take_base(wanted, base, [], "here")
+    with pytest.raises(ValueError, match=r"c is \[3\], the model has \[2\]"):
+        initialize.take_base(wanted, base | {"c": np.ones(3)}, ["lora"], "here")
+
+
+def test_the_frozen_base_is_kept_in_the_precision_asked_for():
+    tree = {"kernel": np.ones((2, 2), np.float32), "ids": np.ones(2, np.int32)}
+    half = initialize.to_dtype(tree, "bfloat16")
+    assert (half["kernel"].dtype, half["ids"].dtype) == (jnp.bfloat16, np.int32)
+    assert initialize.to_dtype(tree, None) is tree
+    with pytest.raises(ValueError, match="float16 overflows"):
+        initialize.to_dtype(tree, "float16")
