@@ -97,7 +97,7 @@ def evaluate(
     weights = hub.load_base(base, scan_layers=scan)[1] if base else None
     if checkpoint_path is None:
         if model.adapted is not None or weights is None:
-            raise ValueError(
+            raise launch.ConfigError(
                 "CHECKPOINT_PATH is not set, so the base itself is evaluated: "
                 "use methods/full.gin and set BASE."
             )

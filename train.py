@@ -194,11 +194,20 @@ def train(
         f"{jax.process_count()} process(es)"
     )
     eval_writers: dict[str, logging.MetricWriter] = {}
+    told: list[int] = []
 
     def log(step: int, sums: dict[str, float]) -> None:
+        trimmed = iterator.stats["too_long"]
         figures = logging.summarize(sums)
+        figures["too_long"] = sum(sum(counts.values()) for counts in trimmed.values())
         writer.write(step, figures)
         progress.update(step, figures)
+        if trimmed and not told:
+            told.append(step)
+            progress.say(
+                f"examples longer than {dict(task_feature_lengths)} tokens are cut, so far: {trimmed}; "
+                "raise TASK_FEATURE_LENGTHS, or refuse them by on_too_long = 'error'"
+            )
 
     def save(step: int, state: TrainState) -> None:
         checkpointer.save(step, state, iterator)

@@ -35,7 +35,8 @@ def run(
     import train
     from modjax import launch
 
-    files = ("bases/folder.gin", f"methods/{method}.gin")
+    # The base has never written a bracket, so its output layer needs adapting, too.
+    files = ("bases/folder.gin", f"methods/{method}.gin", "methods/every_linear_layer.gin")
     model_dir = folder / f"{method}_{seed}"
     mine = (f"MODEL_DIR = {str(model_dir)!r}", f"RANDOM_SEED = {seed}", f"BASE = {base!r}")
     launch.load_gin(launch.Flags((*files, "demo.gin"), (*mine, *bindings), ()), "train")

@@ -10,6 +10,7 @@ Mixtures:
   babel_eval_unseen_language  no adapter has seen the language; the base knows it from pretraining
   babel_eval                  all three
   babel_pretrain              translation among all pairs and span corruption, never a parse
+  babel_pretrain_bytes        the same with a share of random ASCII to copy, see `copy_examples`
 Datasets that are not trained have no train split, so that no mixture can train them by accident.
 """
 
@@ -27,7 +28,10 @@ OUTPUT_FEATURES = {
     "inputs": seqio.Feature(VOCABULARY, add_eos=True),
     "targets": seqio.Feature(VOCABULARY, add_eos=True),
 }
+# Copying, against all other text, in babel_pretrain_bytes.
+COPY_SHARE = 0.25
 METRICS = {
+    "copy": ("exact_match",),
     "parse": ("exact_match", "inexact_match", "structure_match", "malformed"),
     "tag": ("exact_match", "span_f1"),
     "translate": ("exact_match", "chrf"),
@@ -68,6 +72,10 @@ def register(config: BabelConfig | None = None, prefix: str = "babel") -> Babel:
             _add(name, kind, code, {s: partial(make, s) for s in SPLITS})
             rates.append((name, rate))
     registry.add_mixture(f"{prefix}_pretrain", rates)
+    copy = f"{prefix}_pretrain_copy"
+    _add(copy, "copy", None, {s: partial(_rows, babel.copy_examples, s) for s in SPLITS})
+    whole = sum(rate for _, rate in rates)
+    registry.add_mixture(f"{prefix}_pretrain_bytes", [*rates, (copy, COPY_SHARE * whole)])
     return babel
 
 

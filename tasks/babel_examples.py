@@ -364,6 +364,24 @@ class Babel:
                 inputs, targets = corrupt(draw, text)
             yield {"inputs": inputs, "targets": targets, "source": source}
 
+    def copy_examples(self, split: str) -> Iterator[dict[str, str]]:
+        """Words of random printable ASCII to be copied, so that the base has read and written every
+        byte that a target may hold, brackets and capitals among them; nothing like a parse.
+
+        Args:
+          split: train (as many as one language has to translate), validation or test.
+        """
+        self._check(split, SPLITS, "split", "split")
+        draw = world.Draw(self.config.seed, "copy", split)
+        train = split == "train"
+        for _ in range(self.config.pretrain_examples if train else self.config.eval_examples):
+            words = (
+                "".join(chr(33 + draw.below(94)) for _ in range(1 + draw.below(5)))
+                for _ in range(2 + draw.below(6))
+            )
+            text = " ".join(words)
+            yield {"inputs": f"= {text}", "targets": text, "source": "copy"}
+
 
 def corrupt(draw: world.Draw, text: str, rate: float = 0.25) -> tuple[str, str]:
     """Span corruption over words: the text with hidden spans as `_`, and the spans."""

@@ -252,3 +252,12 @@ def test_a_mistake_is_one_line_and_an_exit_status(capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: no gin file 'runs/pretrian.gin'")
     assert "Traceback" not in said
+
+
+def test_examples_over_the_limit_are_counted_and_reported(pretrained, tmp_path, capsys):
+    options = {"BASE": pretrained[0] / "base", "TRAIN_STEPS": 2, "train__train__log_period": 1}
+    train(*FLIX, MODEL_DIR=tmp_path, TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 4}, **options)
+    said = capsys.readouterr().err
+    assert "are cut, so far: {'toy_" in said and "raise TASK_FEATURE_LENGTHS" in said
+    counts = [row["too_long"] for row in lines(tmp_path / "train" / "metrics.jsonl")]
+    assert 0 < counts[0] <= counts[1]

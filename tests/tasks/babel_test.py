@@ -275,3 +275,11 @@ def test_stable_hash_depends_on_every_part():
 
 
 GOLDEN = "ad6732f19f60bbc5b7c49a2e87a42f0945a9cdf99a25e9c20e5e384e2b573d6a"
+
+
+def test_text_to_copy_covers_every_printable_byte_and_holds_no_parse():
+    rows = list(Babel(dataclasses.replace(SMALL, pretrain_examples=400)).copy_examples("train"))
+    assert len(rows) == 400 and all(row["inputs"] == f"= {row['targets']}" for row in rows)
+    assert {chr(c) for c in range(33, 127)} <= set("".join(row["targets"] for row in rows))
+    assert not any("[IN:" in row["targets"] or "[SL:" in row["targets"] for row in rows)
+    assert max(len(row["inputs"]) for row in rows) <= 60

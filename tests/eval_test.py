@@ -1,0 +1,165 @@
+"""The evaluation's entry point: from a checkpoint to predictions, results and one report of methods."""
+
+import json
+import pathlib
+import sys
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from modjax import hub, initialize, launch
+from modjax.evaluation import results
+from modjax.networks import t5
+
+TESTDATA = pathlib.Path(__file__).parent / "testdata"
+sys.path.insert(0, str(TESTDATA))
+LENGTHS = {"inputs": 16, "targets": 8}
+BASE_FILES = ("bases/folder.gin", "methods/flix.gin")
+
+
+def argv(*files, **macros):
+    values = {
+        "MIXTURE_OR_TASK_NAME": "toy",
+        "MIXTURE_OR_TASK_MODULE": "toy_tasks",
+        "TASK_FEATURE_LENGTHS": LENGTHS,
+        "BATCH_SIZE": 8,
+    } | {name.replace("__", "."): value for name, value in macros.items()}
+    texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in values.items()}
+    return [f"--gin_file={f}" for f in files] + [f"--gin.{k}={v!r}" for k, v in texts.items()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder with a random base and a short FLix run that never saw `turn` in sw)."""
+    import train
+
+    folder = tmp_path_factory.mktemp("run")
+    config = t5.T5Config(260, 16, 2, 8, 32, 1, 1)
+    tokens = jax.numpy.ones((1, 4), int)
+    init = jax.jit(t5.Transformer(config).init)
+    hub.save_base(folder / "base", config, init(jax.random.key(0), tokens, tokens)["params"])
+    flags = argv(
+        *BASE_FILES,
+        "runs/finetune.gin",
+        MIXTURE_OR_TASK_NAME="toy_without_turn_sw",
+        TRAIN_STEPS=4,
+        LEARNING_RATE=0.02,
+        BASE=folder / "base",
+        MODEL_DIR=folder / "flix",
+        RANDOM_SEED=3,
+        train__train__tensorboard=False,
+        train__train__log_period=2,
+    )
+    launch.load_gin(launch.parse_flags(flags, "test"), "train")
+    gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
+    return folder
+
+
+def evaluate(run, out, *files, **macros):
+    import eval as entry
+
+    options = {
+        "BASE": run / "base",
+        "CHECKPOINT_PATH": run / "flix",
+        "EVAL_OUTPUT_DIR": out,
+        "SPLIT": "validation",
+        "eval__evaluate__max_examples": 12,
+    }
+    flags = argv(*(files or BASE_FILES), "runs/eval.gin", **(options | macros))
+    return entry.main(flags)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eval")
+    assert evaluate(run, out) == 0
+    return out
+
+
+def test_results_have_a_row_for_each_dataset_and_metric_with_its_setting(evaluated):
+    rows = results.read(evaluated / "results.json")
+    assert {(r["task"], r["language"]): r["setting"] for r in rows} == {
+        ("copy", "en"): "seen",
+        ("copy", "sw"): "seen",
+        ("turn", "en"): "seen",
+        ("turn", "sw"): "unseen_pair",
+    }
+    assert {(r["method"], r["seed"], r["n"], r["metric"]) for r in rows} == {
+        ("flix", 3, 12, "exact_match")
+    }
+
+
+def test_predictions_are_the_models_own(evaluated, run):
+    """Decoded again by hand from the checkpoint, with the features of the dataset."""
+    from modjax.data import pipeline, seqio
+
+    lines = (evaluated / "predictions" / "toy_turn_sw.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert len(found) == 12
+    flags = argv(
+        *BASE_FILES, "runs/eval.gin", BASE=run / "base", CHECKPOINT_PATH="x", EVAL_OUTPUT_DIR="x"
+    )
+    launch.load_gin(launch.parse_flags(flags, "test"), "eval")
+    model = gin.query_parameter("eval.evaluate.model").scoped_configurable_fn()
+    model, params, _, step = initialize.restore(
+        model,
+        run / "flix",
+        hub.load_base(run / "base")[1],
+        lambda space: initialize.example_batch(LENGTHS, space),
+    )
+    assert step == 4
+    batch, examples = next(
+        pipeline.eval_batches(
+            "toy_turn_sw",
+            "validation",
+            model.module.space,
+            task_feature_lengths=LENGTHS,
+            batch_size=12,
+        )
+    )
+    assert batch["features"].tolist() == [[[2, 2]]] * 12
+    batch.pop("valid")
+    tokens = np.asarray(jax.jit(model.predict_batch)(params, batch))
+    vocabulary = seqio.ByteVocabulary()
+    for row, example, line in zip(tokens, examples, found, strict=True):
+        assert line["input"] == example["inputs_pretokenized"]
+        assert line["target"] == example["targets_pretokenized"]
+        assert line["prediction"] == vocabulary.decode(row.tolist())
+
+
+def test_the_run_is_described_and_the_report_stands_alone(evaluated, run):
+    facts = json.loads((evaluated / "run.json").read_text())
+    assert facts["step"] == 4 and facts["mixture"] == "toy" and facts["split"] == "validation"
+    html = (evaluated / "report.html").read_text()
+    assert "flix" in html and "unseen pair" in html and "<svg" in html  # the learning curve
+    assert "http://" not in html.replace("http://www.w3.org", "") and "<script" not in html
+    assert "CHECKPOINT_PATH" in (evaluated / "config.gin").read_text()
+
+
+def test_methods_stand_side_by_side_in_one_report(evaluated, run, tmp_path):
+    macros = dict(METHOD="flix_without_language", COMPARE_WITH=[str(evaluated)])
+    off = {"seen": ["language"], "unseen_pair": ["language"]}
+    assert evaluate(run, tmp_path, eval__evaluate__switch_off=off, **macros) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "flix_without_language" in text and "| flix |" in text
+    assert {r["method"] for r in results.read(tmp_path / "results.json")} == {
+        "flix_without_language"
+    }
+
+
+def test_a_checkpoint_of_another_method_is_refused_and_nothing_is_written(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert evaluate(run, out, "bases/folder.gin", "methods/lora.gin") == 2
+    said = capsys.readouterr().err
+    assert "was made with another method" in said and "'flix' in the checkpoint" in said
+    assert not (out / "results.json").exists()
+
+
+def test_the_base_alone_needs_the_plain_network(run, tmp_path, capsys):
+    assert evaluate(run, tmp_path, CHECKPOINT_PATH=None) == 2
+    assert "use methods/full.gin" in capsys.readouterr().err
+    files = ("bases/folder.gin", "methods/full.gin")
+    assert evaluate(run, tmp_path, *files, CHECKPOINT_PATH=None) == 0
+    assert {r["method"] for r in results.read(tmp_path / "results.json")} == {"full"}
