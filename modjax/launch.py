@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import modjax
@@ -147,6 +147,9 @@ def load_gin(flags: Flags, entry: str) -> None:
     # exception says.
     root = logging.getLogger()
     root.addFilter(_is_not_path_miss)
+    readers = gin.config._FILE_READERS
+    before = list(readers)
+    readers[:] = [(read, _quietly(exists)) for read, exists in before]
     try:
         gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
         _check_macros(gin)
@@ -157,6 +160,21 @@ def load_gin(flags: Flags, entry: str) -> None:
         raise ConfigError(_explain(error, folders, imports, bindings)) from error
     finally:
         root.removeFilter(_is_not_path_miss)
+        readers[:] = before
+
+
+def _quietly(exists: Callable[[str], bool]) -> Callable[[str], bool]:
+    """A gin file reader's check that says no where it would fail: gin takes the folder of 'runs/x.gin'
+    for a Python package, and a folder `runs` of the user's is one without a file.
+    """
+
+    def check(path: str) -> bool:
+        try:
+            return exists(path)
+        except TypeError:
+            return False
+
+    return check
 
 
 def _is_not_path_miss(record: logging.LogRecord) -> bool:

@@ -163,3 +163,11 @@ def test_a_setting_on_the_command_line_that_has_no_effect_is_refused():
     assert "adafactor.decay_rate = 0.9" in made(used, "--gin.Z_LOSS=0.1")
     with pytest.raises(launch.ConfigError, match="adamw.b2 is set but this run does not use"):
         made(used, "--gin.optimizers.adamw.b2=0.9")
+
+
+@pytest.mark.parametrize("folder", ["runs", "bases", "methods"])
+def test_a_users_folder_of_the_same_name_hides_no_gin_file(folder, tmp_path, monkeypatch):
+    (tmp_path / folder / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load(BASE, METHOD, RUN, *SET)
