@@ -1,6 +1,7 @@
 """Small things that many tests share: a tiny T5, a feature space, batches, and adapters away from their start."""
 
 import os
+import sys
 
 # Tests compile far more than they compute: let XLA spend less on its programs.
 os.environ["XLA_FLAGS"] = (
@@ -17,6 +18,14 @@ from modjax.features import FeatureSpace  # noqa: E402
 from modjax.networks import t5  # noqa: E402
 
 VOCAB = 50
+
+
+@pytest.fixture(autouse=True)
+def _gin_is_forgotten():
+    """A test that parses gin files leaves gin locked; the next one finds it as it was."""
+    yield
+    if "gin" in sys.modules:
+        sys.modules["gin"].clear_config(clear_constants=True)
 
 
 @pytest.fixture(scope="session")
