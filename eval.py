@@ -19,7 +19,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -215,22 +214,10 @@ def compare(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Reads flags and gin files, joins the job, evaluates. Errors in what the user wrote end in
-    one line, not a trace.
-    """
-    import gin
-
-    try:
-        flags = launch.parse_flags(argv, "Evaluates a checkpoint; see gin_configs/runs/eval.gin.")
-        launch.start_processes(flags)
-        launch.load_gin(flags, "eval")
-        gin.get_configurable(evaluate)(operative_config=partial(launch.operative_config, flags))
-    except ValueError as error:
-        if not launch.is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs `evaluate` as flags and gin files say; returns the exit status."""
+    return launch.run(
+        argv, "Evaluates a checkpoint; see gin_configs/runs/eval.gin.", "eval", evaluate
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -317,20 +316,8 @@ def _export(folder: str, model: Any, state: TrainState, frozen: Any) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Reads flags and gin files, joins the job, trains. A user's mistake is one line, no trace."""
-    import gin
-
-    try:
-        flags = launch.parse_flags(argv, "Trains a model; see gin_configs/runs.")
-        launch.start_processes(flags)
-        launch.load_gin(flags, "train")
-        gin.get_configurable(train)(operative_config=partial(launch.operative_config, flags))
-    except (ValueError, FloatingPointError) as error:
-        if not launch.is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs `train` as flags and gin files say; returns the exit status."""
+    return launch.run(argv, "Trains a model; see gin_configs/runs.", "train", train)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import modjax
@@ -96,6 +97,35 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
         args.process_count,
         args.process_index,
     )
+
+
+def run(argv: Sequence[str], description: str, entry: str, function: Callable[..., Any]) -> int:
+    """What an entry point does: reads flags and gin files, joins the job, calls the function.
+
+    A user's mistake and a loss that is not finite end in one line, not a trace.
+
+    Args:
+      argv: the command line.
+      description: of the entry point.
+      entry: its module, see `load_gin`.
+      function: configured by gin; is given `operative_config`.
+
+    Returns:
+      The exit status.
+    """
+    import gin
+
+    try:
+        flags = parse_flags(argv, description)
+        start_processes(flags)
+        load_gin(flags, entry)
+        gin.get_configurable(function)(operative_config=partial(operative_config, flags))
+    except (ValueError, FloatingPointError) as error:
+        if not is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def start_processes(flags: Flags) -> None:
