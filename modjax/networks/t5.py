@@ -1,6 +1,7 @@
 """The T5 family as plain Flax: T5 1.0, 1.1, mT5, ByT5, Flan-T5 and umT5, with T5X's parameter names and logical axes.
 
-Shapes: `B` batch, `Q` query and `L` key positions, `D` width, `H` heads, `V` vocabulary.
+The parts of a layer are in `layers.py`. Shapes: `B` batch, `Q` query and `L` key positions, `D` width, `H` heads,
+`V` vocabulary.
 
 Decoding works through the `cache` collection. The first call of `decode(..., decode=True)` creates it, projects the
 encoder's output to cross-attention keys and values once, and consumes the tokens it is given (a prompt, or none: an
@@ -17,11 +18,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen import partitioning
-from flax.linen.partitioning import param_with_axes
 
 from modjax.errors import nearest
+from modjax.networks import layers
 
 Array = jax.Array
 
@@ -30,13 +30,6 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
-_ACTIVATIONS = {
-    "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=True),
-    "silu": nn.silu,
-    "linear": lambda x: x,
-}
-_MASKED = -1e10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +84,10 @@ class T5Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"T5Config.{name} must be at least 1, got {getattr(self, name)}.")
         for name in self.mlp_activations:
-            if name not in _ACTIVATIONS:
+            if name not in layers.ACTIVATIONS:
                 raise ValueError(
-                    f"T5Config.mlp_activations: unknown {name!r}." + nearest(name, _ACTIVATIONS)
+                    f"T5Config.mlp_activations: unknown {name!r}."
+                    + nearest(name, layers.ACTIVATIONS)
                 )
         if self.remat_policy not in _REMAT_POLICIES:
             raise ValueError(
@@ -104,208 +98,11 @@ class T5Config:
             raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.")
 
 
-class Dense(nn.Module):
-    """`x [..., D] -> x @ kernel [..., K]`, without bias; the kernel is 2-D as in T5X."""
-
-    features: int
-    kernel_axes: tuple[str, str]
-    dtype: str = "float32"
-    scale: float = 1.0  # variance of the initial kernel, over fan-in
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
-        shape = (x.shape[-1], self.features)
-        kernel = param_with_axes("kernel", init, shape, jnp.float32, axes=self.kernel_axes)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm without mean or bias, computed in float32."""
-
-    dtype: str = "float32"
-    epsilon: float = 1e-6
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = param_with_axes(
-            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
-        )
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
-
-
-class Embed(nn.Module):
-    """Token embedding `[V, D]`, also used as the output layer where it is tied."""
-
-    config: T5Config
-
-    def setup(self) -> None:
-        shape = (self.config.vocab_size, self.config.emb_dim)
-        self.embedding = param_with_axes(
-            "embedding", nn.initializers.normal(1.0), shape, jnp.float32, axes=("vocab", "embed")
-        )
-
-    def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.embedding.astype(self.config.dtype), tokens, axis=0)
-
-    def attend(self, x: Array) -> Array:
-        """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D)."""
-        logits = jnp.dot(x.astype(jnp.float32), self.embedding.astype(jnp.float32).T)
-        return logits / jnp.sqrt(jnp.float32(x.shape[-1]))
-
-
-def position_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of every relative position, as a table over `key - query` in [-max_distance, max_distance].
-
-    Half of the buckets hold exact distances, the others grow logarithmically up to `max_distance`; farther
-    positions share the last one. (T5, section 2.1.)
-
-    Returns:
-      int32 `[2 * max_distance + 1]`; index it with `clip(key - query, -max_distance, max_distance) + max_distance`.
-    """
-    relative = np.arange(-max_distance, max_distance + 1)
-    offset = np.zeros_like(relative)
-    if bidirectional:
-        num_buckets //= 2
-        offset = (relative > 0) * num_buckets
-        distance = np.abs(relative)
-    else:
-        distance = np.maximum(-relative, 0)
-    exact = num_buckets // 2
-    ratio = np.maximum(distance, 1).astype(np.float32) / exact
-    # The epsilon keeps exact powers from falling one bucket short by rounding.
-    growth = np.log(ratio + np.finfo(np.float32).eps) / np.log(max_distance / exact)
-    large = np.minimum(exact + (growth * (num_buckets - exact)).astype(np.int32), num_buckets - 1)
-    return (offset + np.where(distance < exact, distance, large)).astype(np.int32)
-
-
-class RelativePositionBias(nn.Module):
-    """Learned bias of attention logits by bucketed distance: float `[1, H, Q, L]`."""
-
-    config: T5Config
-    bidirectional: bool
-
-    @nn.compact
-    def __call__(self, query_positions: Array, key_positions: Array) -> Array:
-        cfg = self.config
-        table = param_with_axes(
-            "rel_embedding",
-            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-            (cfg.num_heads, cfg.relpos_buckets),
-            jnp.float32,
-            axes=("heads", "relpos_buckets"),
-        )
-        far = cfg.relpos_max_distance
-        buckets = jnp.asarray(position_buckets(self.bidirectional, cfg.relpos_buckets, far))
-        relative = jnp.clip(key_positions[None, :] - query_positions[:, None], -far, far) + far
-        return jnp.take(table.astype(cfg.dtype), buckets[relative], axis=1)[None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """What a stack's layers share besides arrays: flags that are fixed when the program is traced."""
-
-    deterministic: bool
-    decode: bool = False
-    max_decode_length: int = 0
-
-
-class Attention(nn.Module):
-    """Multi-head attention without logit scaling (T5 folds it into the query's initial kernel).
-
-    In decoding, self-attention appends its keys and values to the cache, and cross-attention computes its own
-    from the encoder's output once. Cached arrays are `[B, H, head_dim, L]`, length last.
-    """
-
-    config: T5Config
-    step: _Step
-    cross: bool = False
-
-    @nn.compact
-    def __call__(
-        self, x: Array, keys_from: Array | None, mask: Array, bias: Array | None, index: Array
-    ) -> Array:
-        cfg, step = self.config, self.step
-        batch, length = x.shape[:2]
-
-        def project(name: str, source: Array, scale: float = 1.0) -> Array:
-            dense = Dense(
-                cfg.num_heads * cfg.head_dim, ("embed", "joined_kv"), cfg.dtype, scale, name=name
-            )
-            return dense(source).reshape(batch, -1, cfg.num_heads, cfg.head_dim)
-
-        def to_cache(heads: Array) -> Array:
-            return jnp.transpose(heads, (0, 2, 3, 1))
-
-        query = project("query", x, 1.0 / cfg.head_dim)
-        if not step.decode:
-            source = x if keys_from is None else keys_from
-            key, value = to_cache(project("key", source)), to_cache(project("value", source))
-        elif self.cross:
-            # Computed at the first call only: the encoder's output does not change while decoding.
-            source = x if keys_from is None else keys_from
-            key, value = (
-                self.variable(
-                    "cache", f"cached_{name}", lambda name=name: to_cache(project(name, source))
-                ).value
-                for name in ("key", "value")
-            )
-        else:
-            shape = (batch, cfg.num_heads, cfg.head_dim, step.max_decode_length)
-            caches = []
-            for name in ("key", "value"):
-                cached = self.variable("cache", f"cached_{name}", jnp.zeros, shape, cfg.dtype)
-                new = to_cache(project(name, x))
-                if length:
-                    cached.value = jax.lax.dynamic_update_slice_in_dim(
-                        cached.value, new.astype(cached.value.dtype), index, axis=3
-                    )
-                caches.append(cached.value)
-            key, value = caches
-
-        logits = jnp.einsum("bqhd,bhdk->bhqk", query, key, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias.astype(jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask, logits, _MASKED)).astype(cfg.dtype)
-        weights = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(
-            weights, deterministic=step.deterministic
-        )
-        mixed = jnp.einsum("bhqk,bhdk->bqhd", weights, value)
-        return Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype, name="out")(
-            mixed.reshape(batch, length, cfg.num_heads * cfg.head_dim)
-        )
-
-
-class MLP(nn.Module):
-    """Feed-forward block; several activations are multiplied (gated units)."""
-
-    config: T5Config
-    step: _Step
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        cfg = self.config
-        gated = len(cfg.mlp_activations) > 1
-        hidden = None
-        for i, activation in enumerate(cfg.mlp_activations):
-            name = f"wi_{i}" if gated else "wi"
-            unit = _ACTIVATIONS[activation](
-                Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x)
-            )
-            hidden = unit if hidden is None else hidden * unit
-        hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(
-            hidden, deterministic=self.step.deterministic
-        )
-        return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(hidden)
-
-
 class Layer(nn.Module):
     """One layer of the encoder or the decoder: pre-norm blocks with residual connections."""
 
     config: T5Config
-    step: _Step
+    step: layers.Step
     decoder: bool
 
     @nn.compact
@@ -315,23 +112,36 @@ class Layer(nn.Module):
         cfg, step = self.config, self.step
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         if bias is None:
-            bias = RelativePositionBias(cfg, not self.decoder, name="relpos_bias")(*positions)
+            bias = _position_bias(cfg, self.decoder)(*positions)
         self_mask, cross_mask = masks
         index = positions[0][0] if positions[0].size else jnp.int32(0)
+
+        def attention(name: str, cross: bool) -> layers.Attention:
+            return layers.Attention(
+                cfg.num_heads, cfg.head_dim, step, cross, cfg.dropout_rate, cfg.dtype, name=name
+            )
 
         def add(block: Array, to: Array) -> Array:
             dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
             return to + dropout(block, deterministic=step.deterministic)
 
         name = "self_attention" if self.decoder else "attention"
-        y = RMSNorm(cfg.dtype, name=f"pre_{name}_layer_norm")(x)
-        x = add(Attention(cfg, step, name=name)(y, None, self_mask, bias, index), x)
+        y = layers.RMSNorm(cfg.dtype, name=f"pre_{name}_layer_norm")(x)
+        x = add(attention(name, False)(y, None, self_mask, bias, index), x)
         if self.decoder:
-            y = RMSNorm(cfg.dtype, name="pre_cross_attention_layer_norm")(x)
-            cross = Attention(cfg, step, cross=True, name="encoder_decoder_attention")
+            y = layers.RMSNorm(cfg.dtype, name="pre_cross_attention_layer_norm")(x)
+            cross = attention("encoder_decoder_attention", True)
             x = add(cross(y, encoded, cross_mask, None, index), x)
-        y = RMSNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
-        x = add(MLP(cfg, step, name="mlp")(y), x)
+        y = layers.RMSNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
+        mlp = layers.MLP(
+            cfg.mlp_dim,
+            cfg.mlp_activations,
+            step.deterministic,
+            cfg.dropout_rate,
+            cfg.dtype,
+            name="mlp",
+        )
+        x = add(mlp(y), x)
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
 
 
@@ -343,14 +153,14 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, encoded: Array | None, masks: Any, positions: Any, step: _Step
+        self, x: Array, encoded: Array | None, masks: Any, positions: Any, step: layers.Step
     ) -> Array:
         cfg = self.config
         dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         x = dropout(x, deterministic=step.deterministic).astype(cfg.dtype)
         bias = None
         if not cfg.relpos_per_layer:
-            bias = RelativePositionBias(cfg, not self.decoder, name="relpos_bias")(*positions)
+            bias = _position_bias(cfg, self.decoder)(*positions)
         layer: Any = Layer
         if cfg.remat_policy != "none" and not step.decode:
             # Inside a scan the loop already keeps XLA from undoing the recomputation.
@@ -359,14 +169,14 @@ class Stack(nn.Module):
             )
         depth = cfg.num_decoder_layers if self.decoder else cfg.num_encoder_layers
         if cfg.scan_layers:
-            layers = partitioning.scan_with_axes(
+            scanned = partitioning.scan_with_axes(
                 layer,
                 variable_axes={"params": 0, "cache": 0, "intermediates": 0},
                 split_rngs={True: True},  # every stream, also those that only an adapter draws from
                 in_axes=(nn.broadcast,) * 4,
                 length=depth,
             )
-            x, _ = layers(cfg, step, self.decoder, name="layers")(
+            x, _ = scanned(cfg, step, self.decoder, name="layers")(
                 x, encoded, masks, bias, positions
             )
         else:
@@ -374,7 +184,7 @@ class Stack(nn.Module):
                 x, _ = layer(cfg, step, self.decoder, name=f"layers_{i}")(
                     x, encoded, masks, bias, positions
                 )
-        x = RMSNorm(cfg.dtype, name="decoder_norm" if self.decoder else "encoder_norm")(x)
+        x = layers.RMSNorm(cfg.dtype, name="decoder_norm" if self.decoder else "encoder_norm")(x)
         return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(
             x, deterministic=step.deterministic
         )
@@ -391,7 +201,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        self.token_embedder = Embed(cfg)
+        self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, cfg.dtype)
         self.encoder = Stack(cfg, decoder=False)
         self.decoder = Decoder(cfg)
 
@@ -415,7 +225,7 @@ class Transformer(nn.Module):
             None,
             (mask, None),
             (positions, positions),
-            _Step(deterministic=not enable_dropout),
+            layers.Step(deterministic=not enable_dropout),
         )
 
     def decode(
@@ -470,7 +280,7 @@ class Transformer(nn.Module):
             encoded,
             (mask, cross_mask),
             (query_positions, key_positions),
-            _Step(not enable_dropout, decode, max_decode_length),
+            layers.Step(not enable_dropout, decode, max_decode_length),
         )
         if self.config.logits_via_embedding:
             return self.token_embedder.attend(y)
@@ -507,35 +317,34 @@ class Transformer(nn.Module):
         )
 
 
-class CachePosition(nn.Module):
-    """Counts the tokens in the cache; all rows are decoded in step, so one number serves the batch."""
-
-    @nn.compact
-    def __call__(self, length: int) -> Array:
-        """The number of tokens so far, int32 `[]`; advances it by `length`."""
-        index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
-        now = index.value
-        index.value = now + length
-        return now
-
-
 class Decoder(nn.Module):
     """The decoder stack with its cache position and its output layer."""
 
     config: T5Config
 
     def setup(self) -> None:
-        self.position = CachePosition()
+        self.position = layers.CachePosition()
         self.stack = Stack(self.config, decoder=True)
         nn.share_scope(self, self.stack)
         if not self.config.logits_via_embedding:
-            self.logits_dense = Dense(self.config.vocab_size, ("embed", "vocab"), "float32")
+            self.logits_dense = layers.Dense(self.config.vocab_size, ("embed", "vocab"), "float32")
 
     def __call__(self, *args: Any) -> Array:
         return self.stack(*args)
 
     def logits(self, y: Array) -> Array:
         return self.logits_dense(y)
+
+
+def _position_bias(config: T5Config, decoder: bool) -> layers.RelativePositionBias:
+    return layers.RelativePositionBias(
+        config.num_heads,
+        not decoder,
+        config.relpos_buckets,
+        config.relpos_max_distance,
+        config.dtype,
+        name="relpos_bias",
+    )
 
 
 def _same_segment(query_segments: Array, key_segments: Array) -> Array:

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from modjax.networks import t5
-
 VARIANTS = {
     "t5_1_0": dict(mlp_activations=("relu",), logits_via_embedding=True),
     "t5_1_1": dict(),
@@ -146,24 +144,6 @@ def test_padding_of_the_input_changes_nothing(make_t5, batch):
     np.testing.assert_allclose(
         call(network, params, batch), call(network, params, padded), atol=1e-5
     )
-
-
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_position_buckets_are_exact_when_near_logarithmic_when_far(bidirectional):
-    table = t5.position_buckets(bidirectional, 32, 128)
-    past = table[128::-1]  # distances 0, 1, 2, ... into the past
-    exact = 8 if bidirectional else 16
-    assert past[:exact].tolist() == list(range(exact))
-    expected = [
-        min(
-            exact + int(np.floor(np.log2(d / exact) / np.log2(128 / exact) * exact + 1e-9)),
-            2 * exact - 1,
-        )
-        for d in range(exact, 129)
-    ]
-    assert past[exact:].tolist() == expected
-    future = table[129:]
-    assert (future == (16 + past[1:] if bidirectional else 0)).all()
 
 
 def test_bfloat16_activations_keep_float32_parameters_and_logits_and_stay_close(make_t5, batch):

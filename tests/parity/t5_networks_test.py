@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from modjax import hub  # noqa: E402
-from modjax.networks import t5  # noqa: E402
+from modjax.networks import layers, t5  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scales umT5's logits")
 
@@ -69,5 +69,5 @@ def test_position_buckets_equal_transformers(bidirectional, buckets, far):
     theirs = T5Attention._relative_position_bucket(
         torch.tensor(relative), bidirectional, num_buckets=buckets, max_distance=far
     ).numpy()
-    table = t5.position_buckets(bidirectional, buckets, far)
+    table = layers.position_buckets(bidirectional, buckets, far)
     np.testing.assert_array_equal(table[np.clip(relative, -far, far) + far], theirs)

@@ -1,0 +1,238 @@
+"""The parts of a T5's layers as plain Flax: projections, norms, embedding, attention with its cache, feed-forward.
+
+Each part takes the sizes that it needs and nothing else; `t5.py` puts them together. Parameter names and logical axes
+are T5X's. Shapes: `B` batch, `Q` query and `L` key positions, `D` width, `H` heads, `V` vocabulary.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.partitioning import param_with_axes
+
+Array = jax.Array
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=True),
+    "silu": nn.silu,
+    "linear": lambda x: x,
+}
+MASKED = -1e10
+
+
+class Dense(nn.Module):
+    """`x [..., D] -> x @ kernel [..., K]`, without bias; the kernel is 2-D as in T5X."""
+
+    features: int
+    kernel_axes: tuple[str, str]
+    dtype: str = "float32"
+    scale: float = 1.0  # variance of the initial kernel, over fan-in
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
+        shape = (x.shape[-1], self.features)
+        kernel = param_with_axes("kernel", init, shape, jnp.float32, axes=self.kernel_axes)
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm without mean or bias, computed in float32."""
+
+    dtype: str = "float32"
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = param_with_axes(
+            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+        )
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.dtype)
+
+
+class Embed(nn.Module):
+    """Token embedding `[V, D]`, also used as the output layer where it is tied."""
+
+    vocab_size: int
+    emb_dim: int
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        shape = (self.vocab_size, self.emb_dim)
+        self.embedding = param_with_axes(
+            "embedding", nn.initializers.normal(1.0), shape, jnp.float32, axes=("vocab", "embed")
+        )
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+
+    def attend(self, x: Array) -> Array:
+        """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D)."""
+        logits = jnp.dot(x.astype(jnp.float32), self.embedding.astype(jnp.float32).T)
+        return logits / jnp.sqrt(jnp.float32(x.shape[-1]))
+
+
+def position_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Bucket of every relative position, as a table over `key - query` in [-max_distance, max_distance].
+
+    Half of the buckets hold exact distances, the others grow logarithmically up to `max_distance`; farther
+    positions share the last one. (T5, section 2.1.)
+
+    Returns:
+      int32 `[2 * max_distance + 1]`; index it with `clip(key - query, -max_distance, max_distance) + max_distance`.
+    """
+    relative = np.arange(-max_distance, max_distance + 1)
+    offset = np.zeros_like(relative)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (relative > 0) * num_buckets
+        distance = np.abs(relative)
+    else:
+        distance = np.maximum(-relative, 0)
+    exact = num_buckets // 2
+    ratio = np.maximum(distance, 1).astype(np.float32) / exact
+    # The epsilon keeps exact powers from falling one bucket short by rounding.
+    growth = np.log(ratio + np.finfo(np.float32).eps) / np.log(max_distance / exact)
+    large = np.minimum(exact + (growth * (num_buckets - exact)).astype(np.int32), num_buckets - 1)
+    return (offset + np.where(distance < exact, distance, large)).astype(np.int32)
+
+
+class RelativePositionBias(nn.Module):
+    """Learned bias of attention logits by bucketed distance: float `[1, H, Q, L]`."""
+
+    num_heads: int
+    bidirectional: bool
+    buckets: int
+    max_distance: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, query_positions: Array, key_positions: Array) -> Array:
+        table = param_with_axes(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (self.num_heads, self.buckets),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        far = self.max_distance
+        buckets = jnp.asarray(position_buckets(self.bidirectional, self.buckets, far))
+        relative = jnp.clip(key_positions[None, :] - query_positions[:, None], -far, far) + far
+        return jnp.take(table.astype(self.dtype), buckets[relative], axis=1)[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a stack's layers share besides arrays: flags that are fixed when the program is traced."""
+
+    deterministic: bool
+    decode: bool = False
+    max_decode_length: int = 0
+
+
+class Attention(nn.Module):
+    """Multi-head attention without logit scaling (T5 folds it into the query's initial kernel).
+
+    In decoding, self-attention appends its keys and values to the cache, and cross-attention computes its own
+    from the encoder's output once. Cached arrays are `[B, H, head_dim, L]`, length last.
+    """
+
+    num_heads: int
+    head_dim: int
+    step: Step
+    cross: bool = False
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Array, keys_from: Array | None, mask: Array, bias: Array | None, index: Array
+    ) -> Array:
+        step, joined = self.step, self.num_heads * self.head_dim
+        batch, length, width = x.shape
+
+        def project(name: str, source: Array, scale: float = 1.0) -> Array:
+            dense = Dense(joined, ("embed", "joined_kv"), self.dtype, scale, name=name)
+            return dense(source).reshape(batch, -1, self.num_heads, self.head_dim)
+
+        def to_cache(heads: Array) -> Array:
+            return jnp.transpose(heads, (0, 2, 3, 1))
+
+        query = project("query", x, 1.0 / self.head_dim)
+        if not step.decode:
+            source = x if keys_from is None else keys_from
+            key, value = to_cache(project("key", source)), to_cache(project("value", source))
+        elif self.cross:
+            # Computed at the first call only: the encoder's output does not change while decoding.
+            source = x if keys_from is None else keys_from
+            key, value = (
+                self.variable(
+                    "cache", f"cached_{name}", lambda name=name: to_cache(project(name, source))
+                ).value
+                for name in ("key", "value")
+            )
+        else:
+            shape = (batch, self.num_heads, self.head_dim, step.max_decode_length)
+            caches = []
+            for name in ("key", "value"):
+                cached = self.variable("cache", f"cached_{name}", jnp.zeros, shape, self.dtype)
+                new = to_cache(project(name, x))
+                if length:
+                    cached.value = jax.lax.dynamic_update_slice_in_dim(
+                        cached.value, new.astype(cached.value.dtype), index, axis=3
+                    )
+                caches.append(cached.value)
+            key, value = caches
+
+        logits = jnp.einsum("bqhd,bhdk->bhqk", query, key, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32)
+        weights = jax.nn.softmax(jnp.where(mask, logits, MASKED)).astype(self.dtype)
+        weights = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+            weights, deterministic=step.deterministic
+        )
+        mixed = jnp.einsum("bhqk,bhdk->bqhd", weights, value)
+        out = Dense(width, ("joined_kv", "embed"), self.dtype, name="out")
+        return out(mixed.reshape(batch, length, joined))
+
+
+class MLP(nn.Module):
+    """Feed-forward block; several activations are multiplied (gated units)."""
+
+    mlp_dim: int
+    activations: tuple[str, ...]
+    deterministic: bool
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gated = len(self.activations) > 1
+        hidden = None
+        for i, activation in enumerate(self.activations):
+            name = f"wi_{i}" if gated else "wi"
+            unit = ACTIVATIONS[activation](
+                Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
+            )
+            hidden = unit if hidden is None else hidden * unit
+        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+            hidden, deterministic=self.deterministic
+        )
+        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+
+
+class CachePosition(nn.Module):
+    """Counts the tokens in the cache; all rows are decoded in step, so one number serves the batch."""
+
+    @nn.compact
+    def __call__(self, length: int) -> Array:
+        """The number of tokens so far, int32 `[]`; advances it by `length`."""
+        index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+        now = index.value
+        index.value = now + length
+        return now
