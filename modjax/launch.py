@@ -8,17 +8,17 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
-import inspect
 import logging
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import modjax
+from modjax import mistakes
 from modjax.errors import nearest
 
 # What a binding on the command line may name without an import of its own.
@@ -78,6 +78,7 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     parser.add_argument("--coordinator_address", help="HOST:PORT of process 0")
     parser.add_argument("--process_count", type=int)
     parser.add_argument("--process_index", type=int)
+    parser.add_argument("--traceback", action="store_true", help="where a mistake was found")
     parser.epilog = (
         "--gin.NAME=VALUE sets a macro or a parameter; VALUE is Python ('text' in quotes)."
     )
@@ -102,7 +103,8 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
 def run(argv: Sequence[str], description: str, entry: str, function: Callable[..., Any]) -> int:
     """What an entry point does: reads flags and gin files, joins the job, calls the function.
 
-    A user's mistake and a loss that is not finite end in one line, not a trace.
+    A user's mistake and a loss that is not finite end in one message, not in a trace, unless
+    --traceback asks for it.
 
     Args:
       argv: the command line.
@@ -115,15 +117,18 @@ def run(argv: Sequence[str], description: str, entry: str, function: Callable[..
     """
     import gin
 
+    bindings: list[mistakes.Binding] = []
     try:
         flags = parse_flags(argv, description)
         start_processes(flags)
         load_gin(flags, entry)
+        bindings = list(_bindings(flags))
+        _check_configured(gin, f"{entry}.{function.__name__}")
         gin.get_configurable(function)(operative_config=partial(operative_config, flags))
-    except (ValueError, FloatingPointError) as error:
-        if not is_users(error):
+    except Exception as error:
+        if "--traceback" in argv or not mistakes.is_users(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mistakes.tell(error, bindings, function.__name__)}", file=sys.stderr)
         return 2
     return 0
 
@@ -166,7 +171,7 @@ def load_gin(flags: Flags, entry: str) -> None:
     import gin
 
     gin.clear_config(clear_constants=True)
-    folders = [os.getcwd(), *flags.search_paths, str(CONFIGS)]
+    folders = _folders(flags)
     for folder in folders[1:]:
         if folder not in gin.config._LOCATION_PREFIXES:
             gin.add_config_file_search_path(folder)
@@ -187,10 +192,20 @@ def load_gin(flags: Flags, entry: str) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(_explain(error, folders, imports, bindings)) from error
+        raise ConfigError(mistakes.explain_parse(error, folders, imports, bindings)) from error
     finally:
         root.removeFilter(_is_not_path_miss)
         readers[:] = before
+
+
+def _bindings(flags: Flags) -> Iterator[mistakes.Binding]:
+    """Every binding that `load_gin` has read, in that order."""
+    find = partial(_find, folders=_folders(flags))
+    for name in flags.gin_files:
+        yield from mistakes.read_bindings(find(name), find)
+    for binding in flags.bindings:
+        name, _, value = binding.partition(" = ")
+        yield mistakes.Binding(name, value, "on the command line")
 
 
 def _quietly(exists: Callable[[str], bool]) -> Callable[[str], bool]:
@@ -211,6 +226,10 @@ def _is_not_path_miss(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Path not found")
 
 
+def _folders(flags: Flags) -> list[str]:
+    return [os.getcwd(), *flags.search_paths, str(CONFIGS)]
+
+
 def _find(name: str, folders: Iterable[str]) -> str:
     for folder in folders:
         path = os.path.join(folder, name)
@@ -225,6 +244,13 @@ def _find(name: str, folders: Iterable[str]) -> str:
         f"no gin file {name!r} in {', '.join(folders)}."
         + nearest(name, list(dict.fromkeys(known)), 40)
     )
+
+
+def _check_configured(gin: Any, name: str) -> None:
+    if not any(f".{selector}".endswith(f".{name}") for _, selector in gin.config._CONFIG):
+        raise ConfigError(
+            f"no gin file is about {name}: a job is a base, a method and a run (--gin_file=F each)"
+        )
 
 
 def _check_macros(gin: Any) -> None:
@@ -269,57 +295,6 @@ def operative_config(flags: Flags) -> str:
                 "so it would have no effect"
             )
     return text
-
-
-def _explain(
-    error: Exception, folders: Sequence[str], imports: Mapping[str, str], bindings: Sequence[str]
-) -> str:
-    """gin's message, with the nearest known name where one is unknown."""
-    text = str(error)
-    place = re.search(r"In (file|bindings string)[^\n]*", text)
-    where = f" ({place[0].strip()})" if place and place[1] == "file" else ""
-    if match := re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text):
-        target = _modules(imports).get(match[1].partition(".")[0])
-        for name in match[1].split(".")[1:]:
-            target = getattr(target, name, None)
-        known = list(inspect.signature(target).parameters) if callable(target) else []
-        return f"{match[1]} has no parameter {match[2]!r}{where}.{nearest(match[2], known)}"
-    if match := re.search(r"(?:No configurable matching '|resolve selector )([\w./]+)", text):
-        return f"{match[1]!r} does not exist{where}.{nearest(match[1], _names(imports), 8)}"
-    if match := re.search(r"'([^']+)' was not provided by an import statement", text):
-        return f"{match[1]!r} is not imported{where}.{nearest(match[1], imports)}"
-    if match := re.search(r"(\w+)/macro\.value set to `%gin\.REQUIRED`", text):
-        return f"{match[1]} must be set: --gin.{match[1]}=VALUE"
-    if match := re.search(r"Unable to open file: (\S+?)\.? ", text + " "):
-        return f"an included gin file is missing: {match[1]}, looked for in {', '.join(folders)}"
-    if match := re.fullmatch(r"(.*) \(line (\d+)\)", text):
-        return f"{match[1]} In the binding: {bindings[int(match[2]) - 1]}"
-    return f"{type(error).__name__} in the gin configuration: {text}"
-
-
-def _modules(imports: Mapping[str, str]) -> dict[str, Any]:
-    found = {}
-    for alias, line in imports.items():
-        name = line.removeprefix("import ").removeprefix("from ").replace(" import ", ".")
-        found[alias] = importlib.import_module(name)
-    return found
-
-
-def _names(imports: Mapping[str, str]) -> list[str]:
-    """The names that bindings can be about, as written after the standard imports."""
-    return [
-        f"{alias}.{name}"
-        for alias, module in _modules(imports).items()
-        for name, value in vars(module).items()
-        if callable(value)
-        and not name.startswith("_")
-        and str(getattr(value, "__module__", "")).startswith(("modjax", alias))
-    ]
-
-
-def is_users(error: BaseException) -> bool:
-    """Whether an error is one that this package raises about what it was given."""
-    return any(kind.__module__.startswith("modjax.") for kind in type(error).__mro__)
 
 
 def import_tasks(modules: str | Sequence[str] | None) -> None:
