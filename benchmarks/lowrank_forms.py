@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.adapters import Features, LowRank, Mix
-from modjax.adapters.modules import LowRankBank, choose_form
+from modjax.adapters.low_rank import LowRankBank, choose_form
 from modjax.features import FeatureSpace
 
 FORMS = ("plain", "dense", "gathered")
@@ -36,11 +36,10 @@ def step(form: str, values: int, rank: int, batch: int, length: int, width: int,
         if form != "plain":
             mix = Mix(features=ids)
             routing = router.route(mix, space, lambda: jax.random.key(0))
-            gates = module.prepare(routing, modules, segment_ids if segments > 1 else None)
-            bank = LowRankBank(total, form=form)
-            y = y + bank.apply(
-                {"params": {"a": train["a"], "b": train["b"]}}, x, width, gates, False
-            )
+            gates = module.prepare(routing, modules, segment_ids if segments > 1 else None, "sum")
+            bank = LowRankBank(total, total, form=form)
+            params = {"a": train["a"], "b": train["b"]}
+            y = bank.apply({"params": params}, x, y, gates, False)
         return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
     f = jnp.bfloat16 if jax.default_backend() == "tpu" else jnp.float32

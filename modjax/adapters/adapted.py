@@ -9,17 +9,21 @@ around it, and shares the network's scope, so that the base's parameters keep th
 `nn.remat`, on networks that somebody else wrote.
 """
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from modjax.adapters.modules import LowRank
-from modjax.adapters.routers import Features, Mix, ModuleName, Single
+from modjax.adapters import banks
+from modjax.adapters.low_rank import LowRank
+from modjax.adapters.routers import Single
+from modjax.adapters.routing import Mix, ModuleName, Router, Routing, Shares
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
 
@@ -32,6 +36,62 @@ ENCODER_DECODER_STREAMS = (
     (r"(.*/)?decoder(/.*)?", "decoder"),
 )
 
+# How many levels above a layer its routing lives.
+LEVELS = {"layer": 0, "sublayer": 1, "block": 2, "stack": 3}
+
+
+class Module(Protocol):
+    """What `Adapted` and the parameter trees need of a module; a hashable description of a bank."""
+
+    @property
+    def acts_on(self) -> str:
+        """Whether a layer's "output" is changed, or its "input"."""
+        ...
+
+    def check(self, modules: Sequence[ModuleName], composition: str) -> None:
+        """Raises ValueError where the settings do not fit the router's modules."""
+        ...
+
+    def check_site(self, path: str, heads: int, width: int, features: int) -> None:
+        """Raises ValueError where a layer of these widths cannot be adapted."""
+        ...
+
+    def rates(self, modules: Sequence[ModuleName]) -> np.ndarray:
+        """float32 `[M]`: factors on the learning rate."""
+        ...
+
+    def leaves(self, modules: Sequence[ModuleName]) -> dict[str, banks.Leaf]:
+        """The parameters, and which module owns what of them."""
+        ...
+
+    def prepare(
+        self,
+        routing: Routing | Shares,
+        modules: Sequence[ModuleName],
+        segments: Array | None,
+        composition: str,
+    ) -> Any:
+        """A routing as weights per token, for one stream."""
+        ...
+
+    def bank(self, modules: Sequence[ModuleName], parent: Any) -> Any:
+        """The Flax module with the parameters: called with (x, y, gates, train) it gives the new y, or the new x."""
+        ...
+
+    def compose(
+        self,
+        leaves: Mapping[str, Array],
+        modules: Sequence[ModuleName],
+        weights: np.ndarray,
+        composition: str,
+    ) -> tuple[Any, dict[str, Array]]:
+        """One module that equals the weighted bank, and its parameters."""
+        ...
+
+    def merge(self, leaves: Mapping[str, Array], kernel: Array, bias: Array | None) -> Any:
+        """(kernel, bias) of the layer with one composed module in it."""
+        ...
+
 
 class RuleError(ValueError):
     """Rules that do not fit the network."""
@@ -43,22 +103,34 @@ class Mixture:
 
     Attributes:
       name: of the parameters' place: `<layer>/<name>/...`.
-      module: what is added.
-      router: who is used.
+      module: what is added: `LowRank`, `Bottleneck`, `Scale`, or another `Module`.
+      router: who is used: `Single`, `Features`, `Skills`, `Uniform`, `Stochastic`, or another `Router`.
+      composition: "sum" of the modules' updates, or "average" of their parameters; None = as the router's method does.
     """
 
     name: str
-    module: LowRank = LowRank()
-    router: Single | Features = Single()
+    module: Module = LowRank()
+    router: Router = Single()
+    composition: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name):
             raise ValueError(f"Mixture.name must be an identifier, got {self.name!r}.")
+        if self.composition not in (None, *banks.COMPOSITIONS):
+            raise ValueError(
+                f"Mixture.composition: unknown {self.composition!r}."
+                + nearest(str(self.composition), banks.COMPOSITIONS)
+            )
+
+    @property
+    def composes(self) -> str:
+        """ "sum" or "average"."""
+        return self.composition or self.router.composition
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules."""
         modules = self.router.modules(space)
-        self.module.check(modules)
+        self.module.check(modules, self.composes)
         return modules
 
 
@@ -117,7 +189,7 @@ class Adapted(nn.Module):
     def call(self, method: str, *args: Any, mix: Mix | None = None, **kwargs: Any) -> Any:
         """The network's method of that name, adapted."""
         interceptor = _Interceptor(self, Mix() if mix is None else mix)
-        with nn.intercept_methods(interceptor):
+        with nn.intercept_methods(interceptor), interceptor.enter(self.scope, ""):
             result = getattr(self.network, method)(*args, **kwargs)
         if self.is_initializing() and method == "__call__":
             interceptor.check()
@@ -137,37 +209,82 @@ class Adapted(nn.Module):
 
 
 class _Interceptor:
-    """Adds the adapters' updates to the outputs of the layers it meets during one forward pass."""
+    """Adds the adapters' updates to the outputs of the layers it meets during one forward pass.
+
+    A routing is computed where all layers that share it can see it: before the network runs, or when the part of the
+    network that its router names is entered, which may be inside the traces of nn.scan and nn.remat.
+    """
 
     def __init__(self, adapted: Adapted, mix: Mix):
         self.adapted = adapted
         self.mix = mix
         self.modules = {r.mixture: r.mixture.modules(adapted.space) for r in adapted.rules}
-        # Drawn here, before the network runs, so that an example's dropped features are the same in all layers.
-        self.routing = {
-            mixture: mixture.router.route(mix, adapted.space, self._draw)
-            for mixture in self.modules
-        }
-        # Likewise the gates: under nn.scan and nn.remat the layers are traced inside other traces, and what they
-        # share has to come from outside.
-        streams: dict[str | None, Any] = {None: None}
+        self.streams: dict[str | None, Any] = {None: None}
         if mix.segments is not None:
-            streams = dict(mix.segments.items())
-        self.gates = {
-            (mixture, stream): mixture.module.prepare(self.routing[mixture], modules, segments)
-            for mixture, modules in self.modules.items()
-            for stream, segments in streams.items()
-        }
+            self.streams = dict(mix.segments.items())
         self.linear: dict[str, list[Rule]] = {}
         self.other: set[str] = set()
+        # (mixture, the path of the place that shares it) -> its gates for each stream; None while initialising.
+        self.gates: dict[tuple[Mixture, str], Any] = {}
+        self.wanted: set[tuple[Mixture, str]] = set()
+        self.levels = {m: LEVELS.get(m.router.granularity) for m in self.modules}
+        for mixture, level in self.levels.items():
+            if level is None:
+                # Drawn here, so that an example's dropped features are the same in all layers.
+                self.gates[mixture, ""] = self._route(mixture, adapted.scope, "features", "")
 
-    def _draw(self) -> Array:
-        if not self.adapted.has_rng("features"):
-            raise ValueError(
-                "Feature dropout draws from the rng stream 'features': pass rngs={'features': key, ...}, "
-                "or Mix(train=False)."
-            )
-        return self.adapted.make_rng("features")
+    def _route(
+        self, mixture: Mixture, scope: Any, stream: str, path: str, make: bool = True
+    ) -> dict[str | None, Any]:
+        """The mixture's gates for each stream of tokens, its router's parameters and draws taken from `scope`.
+
+        Without `make`, zeros stand for parameters that are not there yet.
+        """
+        inside = None
+
+        def own() -> Any:
+            nonlocal inside
+            # Pushed only if needed: a push takes the name in the scope of a network that knows nothing of it.
+            inside = scope.push(mixture.name, reuse=True) if inside is None else inside
+            return inside
+
+        def make_rng() -> Array:
+            if not scope.has_rng(stream):
+                raise ValueError(
+                    f"The router of {mixture.name!r} draws from the rng stream {stream!r}"
+                    + (f" in {path!r}" if path else "")
+                    + f": pass rngs={{{stream!r}: key, ...}}, or Mix(train=False)."
+                )
+            return own().make_rng(stream)
+
+        def parameter(name: str, init: Callable[..., Array], shape: tuple[int, ...]) -> Array:
+            return own().param(name, init, shape) if make else jnp.zeros(shape)
+
+        routing = mixture.router.route(self.mix, self.adapted.space, make_rng, parameter)
+        modules = self.modules[mixture]
+        return {
+            name: mixture.module.prepare(routing, modules, segments, mixture.composes)
+            for name, segments in self.streams.items()
+        }
+
+    @contextlib.contextmanager
+    def enter(self, scope: Any, path: str) -> Iterator[None]:
+        """While inside, layers find the routings that belong to this part of the network."""
+        before = dict(self.gates)
+        for mixture, level in self.levels.items():
+            if level:  # 0: the layer's own; None: the whole network's
+                known = scope.has_variable(
+                    "params", mixture.name
+                ) and "logits" in scope.get_variable("params", mixture.name)
+                self.gates[mixture, path] = (
+                    self._route(mixture, scope, "dropout", path) if known else None
+                )
+        yield
+        if self.adapted.is_initializing():
+            for mixture in self.modules:
+                if (mixture, path) in self.wanted and self.gates[mixture, path] is None:
+                    self._route(mixture, scope, "dropout", path)
+        self.gates = before
 
     def __call__(
         self,
@@ -176,44 +293,92 @@ class _Interceptor:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        output = next_fun(*args, **kwargs)
-        if context.method_name != "__call__" or isinstance(context.module, Adapted):
-            return output
         layer = context.module
+        if context.method_name != "__call__" or isinstance(layer, Adapted):
+            return next_fun(*args, **kwargs)
         path = "/".join(layer.path)
+        with self.enter(layer.scope, path):
+            return self._call(next_fun, args, kwargs, layer, path)
+
+    def _call(
+        self,
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        layer: nn.Module,
+        path: str,
+    ) -> Any:
+        rules = [rule for rule in self.adapted.rules if rule.matches(path)]
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
-        shape = _linear_shape(layer, x, output)
-        if shape is None:
+        # A layer that has not been called yet has no kernel, so that it cannot be known to be linear.
+        shape = _linear_shape(layer, x) if rules else None
+        if shape is not None and any(r.mixture.module.acts_on == "input" for r in rules):
+            for rule in rules:
+                if rule.mixture.module.acts_on == "input":
+                    x = self._apply(rule.mixture, layer, path, x, None, shape)
+            if args:
+                args = (x, *args[1:])
+            else:
+                kwargs = {**kwargs, next(iter(kwargs)): x}
+        output = next_fun(*args, **kwargs)
+        met = _linear_shape(layer, x, output)
+        if met is None:
             self.other.add(path)
             return output
-        rules = self.linear.setdefault(path, [])
-        rules[:] = [rule for rule in self.adapted.rules if rule.matches(path)]
+        self.linear[path] = rules
         for rule in rules:
-            output = output + self._update(rule.mixture, layer, path, x, output, shape)
+            if rule.mixture.module.acts_on == "output":
+                output = self._apply(rule.mixture, layer, path, x, output, met)
+            elif shape is None:
+                self._apply(rule.mixture, layer, path, x, None, met)  # makes the parameters
         return output
 
-    def _update(
+    def _apply(
         self,
         mixture: Mixture,
         layer: nn.Module,
         path: str,
         x: Array,
-        output: Array,
+        y: Array | None,
         shape: _Linear,
     ) -> Array:
+        """What the mixture makes of the layer's output `y` or, if that is None, of its input `x`."""
         lead, width, features = shape
         batch, length = (lead[0] if lead else 1), int(np.prod(lead[1:]))
-        gates = self.gates[mixture, self._stream(path, length)]
-        if gates.rows not in (1, batch):
+        gates = self._gates(mixture, layer, path)[self._stream(path, length)]
+        rows, heads = _rows_and_heads(gates)
+        if rows not in (1, batch):
             raise ValueError(
-                f"Layer {path!r} computes {batch} rows, but the batch has features for {gates.rows} "
+                f"Layer {path!r} computes {batch} rows, but the batch has features for {rows} "
                 "examples."
             )
+        mixture.module.check_site(path, heads, width, features)
         # The scope, not the module, is the bank's parent: it serves layers without a compact method as well.
         scope = layer.scope.push(mixture.name, reuse=True)  # type: ignore[union-attr]
         bank = mixture.module.bank(self.modules[mixture], scope)
-        x = x.astype(output.dtype).reshape(batch, length, width)
-        return bank(x, features, gates, self.mix.train).reshape(output.shape)
+        result, dtype = (x, x.dtype) if y is None else (y, y.dtype)
+        x = x.astype(dtype).reshape(batch, length, width)
+        if y is not None:
+            y = y.reshape(batch, length, features)
+        return bank(x, y, gates, self.mix.train).reshape(result.shape)
+
+    def _gates(self, mixture: Mixture, layer: nn.Module, path: str) -> Any:
+        """The gates that hold for a layer, for each stream."""
+        level = self.levels[mixture]
+        if level == 0:
+            return self._route(mixture, layer.scope, "dropout", path)
+        place = "" if level is None else "/".join(path.split("/")[:-level])
+        found = self.gates.get((mixture, place))
+        if found is not None:
+            return found
+        if not self.adapted.is_initializing() or (mixture, place) not in self.gates:
+            raise ValueError(
+                f"Layer {path!r} shares its routing of {mixture.name!r} with all of {place or 'the network'!r}, and "
+                "the network's parts are not called that way. Choose another granularity of the router."
+            )
+        # Its parameters are made when the place is left, once it is known that a layer wants them.
+        self.wanted.add((mixture, place))
+        return self._route(mixture, layer.scope, "dropout", path, make=False)
 
     def _stream(self, path: str, length: int) -> str | None:
         """The stream whose segment ids the layer's tokens have; None when rows are examples."""
@@ -264,11 +429,20 @@ class _Interceptor:
         return f"Linear layers: {', '.join(paths)}."
 
 
-def _linear_shape(layer: nn.Module, x: Any, output: Any) -> _Linear | None:
-    """The shapes, if the layer maps trailing axes of `x` to those of `output` by a kernel, else None."""
-    if not isinstance(x, (jax.Array, np.ndarray)) or not isinstance(output, jax.Array):
+def _rows_and_heads(gates: Any) -> tuple[int, int]:
+    if isinstance(gates, Shares):
+        return gates.down.shape[0], gates.down.shape[2]
+    return gates.rows, 1
+
+
+def _linear_shape(layer: nn.Module, x: Any, output: Any = None) -> _Linear | None:
+    """The shapes, if the layer maps trailing axes of `x` to those of `output` by a kernel, else None.
+
+    Before the layer is called there is no output, and what can be known without it is checked.
+    """
+    if not isinstance(x, (jax.Array, np.ndarray)) or not layer.has_variable("params", "kernel"):
         return None
-    if not layer.has_variable("params", "kernel"):
+    if output is not None and not isinstance(output, jax.Array):
         return None
     kernel: Any = layer.get_variable("params", "kernel")
     axis = getattr(layer, "axis", -1)
@@ -276,9 +450,12 @@ def _linear_shape(layer: nn.Module, x: Any, output: Any) -> _Linear | None:
     if axes != list(range(x.ndim - len(axes), x.ndim)):
         return None
     lead = x.shape[: x.ndim - len(axes)]
-    if output.shape[: len(lead)] != lead:
-        return None
     width = int(np.prod(x.shape[len(lead) :]))
-    features = int(np.prod(output.shape[len(lead) :]))
     size = getattr(kernel, "size", None)
-    return _Linear(lead, width, features) if size == width * features else None
+    if not size or size % width:
+        return None
+    linear = _Linear(lead, width, size // width)
+    if output is None:
+        return linear
+    fits = output.shape[: len(lead)] == lead
+    return linear if fits and int(np.prod(output.shape[len(lead) :])) == linear.features else None

@@ -1,80 +1,130 @@
-"""What a dataset's mixture amounts to: one plain LoRA, or a base with the update merged in.
+"""What a dataset's mixture amounts to: one plain module at each layer, or a base with the update merged in.
 
 FLix composes without loss: the sum of the active pairs is one pair whose rank is the sum of theirs (arXiv 2402.17934).
+So does an average of modules (arXiv 2211.03831, 2205.12410), whose result is as large as one of them.
 """
 
 import re
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from modjax.adapters.adapted import Adapted, Mixture, Rule
-from modjax.adapters.modules import LowRank
-from modjax.adapters.trees import Tree, from_places, places, within
+from modjax.adapters.low_rank import LowRank
+from modjax.adapters.routing import ModuleName
+from modjax.adapters.scale import Scale
+from modjax.adapters.trees import Tree, banks, from_places, place_of, routers, within
 
 
 def compose(
     adapted: Adapted, adapters: Tree, *, name: str = "lora", **features: Any
 ) -> tuple[Adapted, dict[str, Any]]:
-    """The plain LoRA that equals the mixture for one dataset.
+    """The plain modules that equal the mixtures for one dataset: one LoRA for low-rank pairs, and so on.
 
     Args:
       adapted: the trained network.
       adapters: its adapters.
-      name: of the LoRA's mixture.
+      name: of the composed mixture; modules of other kinds at the same layers are called `<name>_2` and so on.
       **features: the dataset's, as in its metadata: `task="parse", language="sw"`; `dataset=...` where datasets own
-        modules. A feature left out is off.
+        modules or logits. A feature left out is off; for learned routing, an unknown task, which averages.
 
     Returns:
       (an Adapted with the same network and single routers, its adapters): applied without features, it gives what the
-      mixture gives for that dataset. Scales are folded into `b`, so its alpha equals its rank.
+      mixture gives for that dataset in evaluation. Scales are folded into `b`, so a LoRA's alpha equals its rank.
 
     Raises:
       ValueError: an unknown feature or value, or features that leave no module active.
     """
-    pairs: dict[str, list[dict[str, Any]]] = {}
-    for (path, mixture_name), bank in places(adapters, adapted).items():
+    logits = routers(adapters, adapted)
+    composed: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    for (path, mixture_name), bank in banks(adapters, adapted).items():
         mixture = adapted.rule_for(path, mixture_name).mixture
-        weights = mixture.router.active(adapted.space, features)
+        place = place_of(path, mixture.router.granularity)
+        known = {k: v for k, v in features.items() if v is not None}
+        weights = mixture.router.active(adapted.space, known, logits.get((place, mixture_name)))
+        weights = _per_layer(np.atleast_2d(weights), bank, mixture, adapted)
         if weights.any():
             modules = mixture.modules(adapted.space)
-            pair = mixture.module.compose(bank, modules, weights)
-            pairs.setdefault(path, []).append(pair)
-    if not pairs:
+            one = mixture.module.compose(bank, modules, weights, mixture.composes)
+            _add(composed.setdefault(path, []), *one)
+    if not composed:
         raise ValueError(
             f"No module is active for {features or 'no features'}: there is nothing to compose."
         )
-    banks = {
-        (path, name): {
-            "a": jnp.concatenate([p["a"] for p in found], axis=-1),
-            "b": jnp.concatenate([p["b"] for p in found], axis=-2),
-        }
-        for path, found in pairs.items()
-    }
-    by_rank: dict[int, list[str]] = {}
-    for (path, _), bank in banks.items():
-        by_rank.setdefault(bank["a"].shape[-1], []).append(path)
+    places: dict[tuple[str, str], dict[str, Any]] = {}
+    paths: dict[tuple[str, Any], list[str]] = {}
+    for path, found in composed.items():
+        for i, (module, leaves) in enumerate(found):
+            own = name if i == 0 else f"{name}_{i + 1}"
+            places[path, own] = leaves
+            paths.setdefault((own, module), []).append(path)
     rules = tuple(
-        Rule("|".join(re.escape(path) for path in paths), Mixture(name, LowRank(rank)))
-        for rank, paths in by_rank.items()
+        Rule("|".join(re.escape(path) for path in at), Mixture(own, module))
+        for (own, module), at in sorted(paths.items(), key=lambda item: item[0][0])
     )
-    return Adapted(adapted.network, rules, streams=adapted.streams), from_places(banks)
+    return Adapted(adapted.network, rules, streams=adapted.streams), from_places(places)
+
+
+def _per_layer(
+    weights: np.ndarray, bank: dict[str, Any], mixture: Mixture, adapted: Adapted
+) -> np.ndarray:
+    """Weights `[..., H, M]` with leading axes that broadcast against those of a scanned bank."""
+    leaf, spec = next(iter(mixture.module.leaves(mixture.modules(adapted.space)).items()))
+    lead = bank[leaf].shape[: bank[leaf].ndim - len(spec.axes)]
+    return np.broadcast_to(weights, (*lead, *weights.shape[-2:])) if lead else weights
+
+
+def _add(found: list[tuple[Any, dict[str, Any]]], module: Any, leaves: dict[str, Any]) -> None:
+    """Appends a composed module, or joins it with the one before it where two make one of their kind."""
+    if found:
+        last, others = found[-1]
+        if isinstance(last, LowRank) and isinstance(module, LowRank):
+            joined = {
+                "a": jnp.concatenate([others["a"], leaves["a"]], axis=-1),
+                "b": jnp.concatenate([others["b"], leaves["b"]], axis=-2),
+            }
+            found[-1] = (LowRank(joined["a"].shape[-1]), joined)
+            return
+        if isinstance(last, Scale) and last == module:
+            found[-1] = (module, {"scale": others["scale"] * leaves["scale"]})
+            return
+    found.append((module, leaves))
 
 
 def merge(adapted: Adapted, adapters: Tree, base: Tree, **features: Any) -> dict[str, Any]:
-    """The base's parameters with one dataset's update added to its kernels, computed in float32.
+    """The base's parameters with one dataset's update in its kernels, computed in float32.
 
     The result runs on the plain network, at the cost of the base. It is in the base's dtypes, so a bfloat16 base rounds
     the update. Arguments and errors as in `compose`, and `base`: the base's parameters.
+
+    Raises:
+      ValueError: a module that does not merge, as a bottleneck.
     """
-    composed, pairs = compose(adapted, adapters, **features)
+    composed, leaves = compose(adapted, adapters, **features)
     flat = dict(flatten_dict(base, sep="/"))
-    for (path, _), pair in places(pairs, composed).items():
-        kernel_path = within(path, "kernel")
-        kernel = flat[kernel_path]
-        a, b = (jnp.asarray(pair[k], jnp.float32) for k in ("a", "b"))
-        update = jnp.einsum("...dr,...rk->...dk", a, b, precision="highest")
-        merged = jnp.asarray(kernel, jnp.float32) + update.reshape(kernel.shape)
-        flat[kernel_path] = merged.astype(kernel.dtype)
+    for (path, name), bank in banks(leaves, composed).items():
+        module = composed.rule_for(path, name).mixture.module
+        kernel_path, bias_path = within(path, "kernel"), within(path, "bias")
+        kernel, bias = flat[kernel_path], flat.get(bias_path)
+        matrix, flat_bias = _as_matrix(kernel, bias, module, bank)
+        merged, merged_bias = module.merge(bank, matrix, flat_bias)
+        flat[kernel_path] = merged.reshape(kernel.shape).astype(kernel.dtype)
+        if bias is not None:
+            flat[bias_path] = merged_bias.reshape(bias.shape).astype(bias.dtype)
     return unflatten_dict(flat, sep="/")
+
+
+def _as_matrix(kernel: Any, bias: Any, module: Any, bank: dict[str, Any]) -> tuple[Any, Any]:
+    """A kernel as `[..., D, K]` and its bias as `[..., K]`, float32, whatever axes the layer spreads them over."""
+    leaf, spec = next(iter(module.leaves((ModuleName("all"),)).items()))
+    lead = bank[leaf].shape[: bank[leaf].ndim - len(spec.axes)]
+    side = next(s for s in spec.axes if s in ("in", "out"))
+    width = bank[leaf].shape[len(lead) + spec.axes.index(side)]
+    size = int(np.prod(kernel.shape[len(lead) :]))
+    shape = (width, size // width) if side == "in" else (size // width, width)
+    matrix = jnp.asarray(kernel, jnp.float32).reshape(*lead, *shape)
+    if bias is None:
+        return matrix, None
+    return matrix, jnp.asarray(bias, jnp.float32).reshape(*lead, shape[1])

@@ -1,97 +1,53 @@
-"""Routers: how much of each module of a bank an example uses.
+"""Routers by names: a module that is always on, and modules that belong to the values of features.
 
-A router knows the batch's ids and the feature space, and nothing of layers or of what a module computes. Legend:
-`B` batch, `S` segments of a packed row (1 when not packed), `M` modules of the bank, `A` active modules of an example.
+A router knows the batch's ids and the feature space, and nothing of layers or of what a module computes. See
+`skills.py` for routers over interchangeable modules, and `routing.py` for what a router gives.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from modjax.adapters.routing import DATASET, SHARED, Mix, ModuleName, Routing
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
 
 Array = jax.Array
-
-DATASET = "dataset"  # routes by batch["tasks"], as if the dataset's name were one more feature
-SHARED = "shared"
-
-
-@dataclasses.dataclass(frozen=True)
-class ModuleName:
-    """The name of one module of a bank: its group (a feature's name), and its value within the group."""
-
-    group: str
-    value: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.group}={self.value}" if self.value else self.group
-
-
-@flax.struct.dataclass
-class Mix:
-    """What travels with a batch to the adapters.
-
-    Attributes:
-      features: int32 `[B, S, F]`, ids of the feature space's values, 0 = none.
-      tasks: int32 `[B, S]`, ids of datasets, 0 = none.
-      segments: for packed batches, int32 `[B, L]` segment ids of each stream ("encoder", "decoder"), 0 = padding;
-        None when every row is one example.
-      train: whether routers draw at random (feature dropout).
-    """
-
-    features: Array | None = None
-    tasks: Array | None = None
-    segments: Mapping[str, Array] | None = None
-    train: bool = flax.struct.field(pytree_node=False, default=False)
-
-    def repeat(self, times: int) -> "Mix":
-        """The same with every example `times` times in a row, as beams are laid out."""
-        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
-
-
-@flax.struct.dataclass
-class Routing:
-    """Mixing weights of a batch, as a short list of active modules per segment.
-
-    Attributes:
-      index: int32 `[B, S, A]`, a module's position in the bank, -1 = none. `B` and `S` may be 1 to broadcast.
-      gate: float32 `[B, S, A]`, its weight; 0 where `index` is -1.
-      slots: for each of the `A` positions, the range of modules it can name (static).
-    """
-
-    index: Array
-    gate: Array
-    slots: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
-
-    def weights(self, num_modules: int) -> Array:
-        """The same as a dense float32 `[B, S, M]`."""
-        one_hot = self.index[..., None] == jnp.arange(num_modules)
-        return jnp.sum(one_hot * self.gate[..., None], axis=-2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Single:
     """One module, always on: plain LoRA (arXiv 2106.09685), or any other module by itself."""
 
+    composition: ClassVar[str] = "sum"
+    granularity: ClassVar[str] = "model"
+    lazy: ClassVar[bool] = False
+
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules, in order."""
         del space
         return (ModuleName("all"),)
 
-    def route(self, mix: Mix, space: FeatureSpace | None, make_rng: Callable[[], Array]) -> Routing:
+    def route(
+        self,
+        mix: Mix,
+        space: FeatureSpace | None,
+        make_rng: Callable[[], Array],
+        parameter: Callable[..., Array] | None = None,
+    ) -> Routing:
         """Full weight on the one module, for every example."""
-        del mix, space, make_rng
+        del mix, space, make_rng, parameter
         return Routing(jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1, 1)), ((0, 1),))
 
-    def active(self, space: FeatureSpace | None, features: Mapping[str, Any]) -> np.ndarray:
+    def active(
+        self, space: FeatureSpace | None, features: Mapping[str, Any], logits: Any = None
+    ) -> np.ndarray:
         """The weights float32 `[M]` for the dataset that `features` describe."""
-        del space, features
+        del space, features, logits
         return np.ones(1, np.float32)
 
 
@@ -113,6 +69,10 @@ class Features:
     features: tuple[str, ...] | None = None
     shared: bool = False
     dropout: Any = 0.0
+
+    composition: ClassVar[str] = "sum"
+    granularity: ClassVar[str] = "model"
+    lazy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.features is not None:
@@ -175,8 +135,15 @@ class Features:
             start = stop
         return slots
 
-    def route(self, mix: Mix, space: FeatureSpace | None, make_rng: Callable[[], Array]) -> Routing:
+    def route(
+        self,
+        mix: Mix,
+        space: FeatureSpace | None,
+        make_rng: Callable[[], Array],
+        parameter: Callable[..., Array] | None = None,
+    ) -> Routing:
         """One active module for each feature value of an example, weights 1, or 0 where dropped."""
+        del parameter
         self._names(space)
         assert space is not None
         slots = self._slots(space)
@@ -216,7 +183,9 @@ class Features:
             return dict(self.dropout).get(name, 0.0)
         return 0.0 if name == SHARED else self.dropout
 
-    def active(self, space: FeatureSpace | None, features: Mapping[str, Any]) -> np.ndarray:
+    def active(
+        self, space: FeatureSpace | None, features: Mapping[str, Any], logits: Any = None
+    ) -> np.ndarray:
         """The weights float32 `[M]` for the dataset that `features` describe.
 
         Args:
@@ -227,6 +196,7 @@ class Features:
         Raises:
           ValueError: an unknown feature or value (the nearest known one is named).
         """
+        del logits
         names = self._names(space)
         assert space is not None
         for name in features:

@@ -1,4 +1,4 @@
-"""Parameter trees: adapters apart from their base, their axes and rates, a table of them, and how a bank grows.
+"""Parameter trees: adapters apart from their base, their axes and rates, and a table of them.
 
 Trees are nested dicts; paths join their keys with "/".
 """
@@ -7,14 +7,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from modjax.adapters.adapted import Adapted
+from modjax.adapters.adapted import LEVELS, Adapted
+from modjax.adapters.banks import Leaf
+from modjax.adapters.skills import Skills
 from modjax.errors import nearest
 
 Tree = Mapping[str, Any]
+ROUTER_LEAF = "logits"
+SCANNED = ("layers",)  # the logical name of a scanned network's leading axis, as T5X has it
 
 
 def split(params: Tree, adapted: Adapted) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,11 +67,38 @@ def within(layer: str, name: str) -> str:
     return f"{layer}/{name}" if layer else name
 
 
+def place_of(layer: str, granularity: str) -> str:
+    """The path of the part of the network that a layer shares its routing with."""
+    level = LEVELS.get(granularity)
+    if level is None:
+        return ""
+    return "/".join(layer.split("/")[:-level]) if level else layer
+
+
+def routers(adapters: Tree, adapted: Adapted) -> dict[tuple[str, str], Any]:
+    """{(path of the place, mixture name): its router's logits}; see `Router.granularity` for places."""
+    found = {}
+    for (path, name), bank in places(adapters, adapted).items():
+        if ROUTER_LEAF in bank:
+            found[path, name] = bank[ROUTER_LEAF]
+    return found
+
+
+def banks(adapters: Tree, adapted: Adapted) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(layer path, mixture name): the module's leaves}: `places` without the routers' parameters."""
+    found = {}
+    for place, leaves in places(adapters, adapted).items():
+        own = {name: leaf for name, leaf in leaves.items() if name != ROUTER_LEAF}
+        if own:
+            found[place] = own
+    return found
+
+
 def logical_axes(adapters: Tree, adapted: Adapted, base: Tree, base_axes: Tree) -> dict[str, Any]:
     """Logical axis names of every adapter leaf, as the kernel's that it adapts.
 
-    The input axis of `a` and the output axis of `b` are named, and so shard, as the kernel's; the rank's axis is
-    named "rank", which is replicated unless a rule says otherwise. Where the base says nothing, an axis is None.
+    What meets the layer's input or makes its output is named, and so shards, as the kernel's axis; the axis of ranks
+    is named "rank", which is replicated unless a rule says otherwise. Where the base says nothing, an axis is None.
 
     Args:
       adapters: their tree.
@@ -82,49 +112,99 @@ def logical_axes(adapters: Tree, adapted: Adapted, base: Tree, base_axes: Tree) 
     kernels = flatten_dict(base, sep="/")
     named = flatten_dict(base_axes, sep="/")
     axes: dict[tuple[str, str], dict[str, Any]] = {}
-    for (path, name), bank in places(adapters, adapted).items():
-        lead = bank["a"].ndim - 2
+    for place, logits in routers(adapters, adapted).items():
+        lead = logits.ndim - 3
+        outer = tuple(SCANNED[-lead:]) if 0 < lead <= len(SCANNED) else (None,) * lead
+        axes[place] = {ROUTER_LEAF: (*outer, None, None, None)}
+    for (path, name), bank in banks(adapters, adapted).items():
+        leaves = _leaves(adapted, path, name)
+        lead = _lead(bank, leaves)
         metadata = named.get(within(path, "kernel_axes"))
         names: tuple[Any, ...] = tuple(getattr(metadata, "names", metadata) or ())
         shape = kernels[within(path, "kernel")].shape
         if len(names) != len(shape):
             names = (None,) * len(shape)
-        # A kernel may spread its input or output over several axes; the first one is the one that shards.
-        inputs = next(
-            i
-            for i in range(lead + 1, len(shape) + 1)
-            if np.prod(shape[lead:i]) == bank["a"].shape[-2]
-        )
-        outer, a, b = names[:lead], names[lead], names[inputs]
-        axes[path, name] = {"a": (*outer, a, "rank"), "b": (*outer, "rank", b)}
+        for leaf, spec in leaves.items():
+            # A kernel may spread its input or output over several axes; the first one is the one that shards.
+            sides = {"in": lead, "out": _first_output(bank, leaves, shape, lead)}
+            own = tuple(names[sides[a]] if a in sides else a for a in spec.axes)
+            axes.setdefault((path, name), {})[leaf] = (*names[:lead], *own)
     return from_places(axes)
+
+
+def _leaves(adapted: Adapted, path: str, name: str) -> dict[str, Leaf]:
+    """How the bank at a layer is divided among its modules."""
+    mixture = adapted.rule_for(path, name).mixture
+    return mixture.module.leaves(mixture.modules(adapted.space))
+
+
+def _lead(bank: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> int:
+    """How many leading axes a scanned network gave the bank."""
+    leaf, spec = next(iter(leaves.items()))
+    return int(bank[leaf].ndim) - len(spec.axes)
+
+
+def _first_output(
+    bank: Mapping[str, Any], leaves: Mapping[str, Leaf], shape: tuple[int, ...], lead: int
+) -> int:
+    """The first of a kernel's axes that belongs to its output, found by the widths of the bank."""
+    for leaf, spec in leaves.items():
+        for side in ("in", "out"):
+            if side in spec.axes:
+                width = bank[leaf].shape[lead + spec.axes.index(side)]
+                total = int(np.prod(shape[lead:]))
+                inputs = width if side == "in" else total // width
+                for i in range(lead + 1, len(shape) + 1):
+                    if np.prod(shape[lead:i]) == inputs:
+                        return min(i, len(shape) - 1)
+    raise ValueError(f"the bank {sorted(bank)} does not fit a kernel of shape {shape}")
 
 
 def update_rates(adapters: Tree, adapted: Adapted) -> dict[str, Any] | None:
     """Factors on the optimizer's updates, shaped to broadcast over each leaf; None if all are 1."""
     rates: dict[tuple[str, str], dict[str, Any]] = {}
-    for path, name in places(adapters, adapted):
+    for path, name in banks(adapters, adapted):
         mixture = adapted.rule_for(path, name).mixture
-        columns = mixture.module.column_rates(mixture.modules(adapted.space))
-        rates[path, name] = {"a": columns[None, :], "b": columns[:, None]}
-    if all((rate == 1.0).all() for bank in rates.values() for rate in bank.values()):
-        return None
-    return from_places(rates)
+        each = mixture.module.rates(mixture.modules(adapted.space))
+        if (each == 1.0).all():
+            continue
+        leaves = _leaves(adapted, path, name).items()
+        rates[path, name] = {n: leaf.spread(each) for n, leaf in leaves if leaf.axis is not None}
+    return from_places(rates) if rates else None
+
+
+def lazy_parts(adapters: Tree, adapted: Adapted) -> dict[str, Leaf]:
+    """{path of a leaf: how modules own it}, for mixtures whose modules rest in a step that does not use them."""
+    parts = {}
+    for path, name in banks(adapters, adapted):
+        if adapted.rule_for(path, name).mixture.router.lazy:
+            for leaf, spec in _leaves(adapted, path, name).items():
+                if spec.axis is not None:
+                    parts[within(path, f"{name}/{leaf}")] = spec
+    return parts
 
 
 def describe_method(adapted: Adapted) -> dict[str, Any]:
-    """The method as JSON-able data: the rules, and the modules of each bank with their ranks."""
+    """The method as JSON-able data: the rules, and how each parameter is divided among modules, or tasks."""
     rules = []
     for rule in adapted.rules:
-        modules = rule.mixture.modules(adapted.space)
-        ranks = rule.mixture.module.ranks(modules)
+        mixture = rule.mixture
+        modules = mixture.modules(adapted.space)
+        bank = {
+            leaf: [spec.axis, [list(part) for part in spec.parts]]
+            for leaf, spec in mixture.module.leaves(modules).items()
+        }
+        if isinstance(mixture.router, Skills):
+            rows = mixture.router.rows(adapted.space)
+            bank[ROUTER_LEAF] = [-3, [[row, 1] for row in rows]]
         rules.append(
             {
                 "pattern": rule.pattern,
-                "name": rule.mixture.name,
-                "module": _describe(rule.mixture.module),
-                "router": _describe(rule.mixture.router),
-                "bank": [[str(m), r] for m, r in zip(modules, ranks, strict=True)],
+                "name": mixture.name,
+                "module": _describe(mixture.module),
+                "router": _describe(mixture.router),
+                "composition": mixture.composes,
+                "bank": bank,
             }
         )
     return {"rules": rules}
@@ -143,110 +223,32 @@ def _pairs(value: Any) -> bool:
     return isinstance(value, tuple) and bool(value) and all(isinstance(x, tuple) for x in value)
 
 
-def extend(
-    old: Tree, old_method: Mapping[str, Any], new: Tree, new_method: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Carries a smaller bank's modules into a larger bank, by the modules' names.
-
-    Args:
-      old: adapters of the old run.
-      old_method: its `describe_method`.
-      new: fresh adapters of the new run; modules that the old one does not have keep these values.
-      new_method: its `describe_method`.
-
-    Returns:
-      A tree like `new` in which every module of `old` has its old values.
-
-    Raises:
-      ValueError: the methods attach to different layers, the new bank lacks a module of the old one, or a module's
-        rank differs; it is named.
-    """
-    old_flat, new_flat = flatten_dict(old, sep="/"), flatten_dict(new, sep="/")
-    if set(old_flat) != set(new_flat):
-        missing, extra = (
-            sorted(set(new_flat) - set(old_flat)),
-            sorted(set(old_flat) - set(new_flat)),
-        )
-        raise ValueError(
-            "The checkpoint's adapters are not at the same layers as this run's. Only in the run: "
-            f"{missing[:5]}; only in the checkpoint: {extra[:5]}."
-        )
-    old_banks, new_banks = _banks(old_method), _banks(new_method)
-    if len(old_banks) != len(new_banks):
-        raise ValueError(
-            f"The checkpoint has {len(old_banks)} adapter rules, and this run {len(new_banks)}."
-        )
-    out = {}
-    for path, fresh in new_flat.items():
-        name, leaf = path.split("/")[-2:]
-        candidates = [
-            (o, n)
-            for (o_name, o), (n_name, n) in zip(old_banks, new_banks, strict=True)
-            if o_name == n_name == name
-            and sum(r for _, r in n) == fresh.shape[_column_axis(leaf)]
-            and sum(r for _, r in o) == old_flat[path].shape[_column_axis(leaf)]
-        ]
-        if not candidates:
-            raise ValueError(f"{path!r}: no rule of the checkpoint and of this run fits its shape.")
-        out[path] = _carry(path, old_flat[path], fresh, *candidates[0], axis=_column_axis(leaf))
-    return unflatten_dict(out, sep="/")
-
-
-def _banks(method: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
-    return [(r["name"], [(m, int(k)) for m, k in r["bank"]]) for r in method["rules"]]
-
-
-def _column_axis(leaf: str) -> int:
-    return {"a": -1, "b": -2}[leaf]
-
-
-def _carry(
-    path: str,
-    old: Any,
-    fresh: Any,
-    old_bank: list[tuple[str, int]],
-    new_bank: list[tuple[str, int]],
-    axis: int,
-) -> Any:
-    def ranges(bank: list[tuple[str, int]]) -> dict[str, range]:
-        stops = np.cumsum([r for _, r in bank])
-        return {m: range(int(s) - r, int(s)) for (m, r), s in zip(bank, stops, strict=True)}
-
-    source, target = ranges(old_bank), ranges(new_bank)
-    to: list[int] = []
-    from_: list[int] = []
-    for module, columns in source.items():
-        if module not in target:
-            raise ValueError(
-                f"{path!r}: the checkpoint has a module {module!r} that this run's feature space lacks."
-                + nearest(module, target)
-            )
-        if len(columns) != len(target[module]):
-            raise ValueError(
-                f"{path!r}: module {module!r} has rank {len(columns)} in the checkpoint and "
-                f"{len(target[module])} in this run."
-            )
-        to.extend(target[module])
-        from_.extend(columns)
-    moved = jnp.moveaxis(jnp.asarray(fresh), axis, 0)
-    moved = moved.at[np.array(to)].set(jnp.moveaxis(jnp.asarray(old), axis, 0)[np.array(from_)])
-    return jnp.moveaxis(moved, 0, axis)
-
-
 def table(adapters: Tree, adapted: Adapted, base: Tree) -> str:
     """A table of the adapted layers, and the numbers of trained and frozen parameters, to print at the start."""
     rows: dict[tuple[str, str, str], list[int]] = {}
-    for (path, name), bank in places(adapters, adapted).items():
-        shape = f"{bank['a'].shape[-2]} x {bank['a'].shape[-1]} x {bank['b'].shape[-1]}"
+
+    def add(path: str, name: str, shape: str, lead: tuple[int, ...], size: int) -> None:
         pattern = "/".join(_numberless(part) for part in path.split("/"))
-        lead = int(np.prod(bank["a"].shape[:-2]))
         row = rows.setdefault((pattern, name, shape), [0, 0])
-        row[0] += lead
-        row[1] += sum(int(np.prod(leaf.shape)) for leaf in bank.values())
-    lines = [("adapted layers", "mixture", "in x columns x out", "layers", "parameters")]
+        row[0] += int(np.prod(lead))
+        row[1] += size
+
+    def numbers(shape: tuple[int, ...]) -> str:
+        return " x ".join(str(n) for n in shape)
+
+    for (path, name), bank in banks(adapters, adapted).items():
+        lead = _lead(bank, _leaves(adapted, path, name))
+        shapes = {leaf: array.shape[lead:] for leaf, array in bank.items()}
+        text = ", ".join(f"{leaf} {numbers(shape)}" for leaf, shape in shapes.items())
+        lead_shape = next(iter(bank.values())).shape[:lead]
+        add(path, name, text, lead_shape, sum(int(np.prod(x.shape)) for x in bank.values()))
+    for (path, name), logits in routers(adapters, adapted).items():
+        text = f"{ROUTER_LEAF} {numbers(logits.shape[-3:])}"
+        add(path, name, text, logits.shape[:-3], int(np.prod(logits.shape)))
+    lines = [("adapted layers", "mixture", "parameters each", "layers", "parameters")]
     lines += [(p, n, s, str(c), f"{k:,}") for (p, n, s), (c, k) in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    text = [
+    text_lines = [
         "  ".join(
             cell.rjust(w) if i > 2 else cell.ljust(w)
             for i, (cell, w) in enumerate(zip(line, widths, strict=True))
@@ -256,14 +258,14 @@ def table(adapters: Tree, adapted: Adapted, base: Tree) -> str:
     for name in adapted.names:
         rule = next(r for r in adapted.rules if r.mixture.name == name)
         modules = rule.mixture.modules(adapted.space)
-        ranks = rule.mixture.module.ranks(modules)
-        listed = ", ".join(f"{m}:{r}" for m, r in zip(modules, ranks, strict=True))
-        text.append(f"{name}: {len(modules)} modules (name:rank) {listed}")
+        parts = next(iter(rule.mixture.module.leaves(modules).values())).parts
+        listed = ", ".join(f"{module}:{size}" for module, size in parts)
+        text_lines.append(f"{name}: {len(modules)} modules (name:size) {listed}")
     trained, frozen = count(adapters), count(base)
-    text.append(
+    text_lines.append(
         f"trained {trained:,}  frozen {frozen:,}  ({100 * trained / frozen:.2f} % of the base)"
     )
-    return "\n".join(text)
+    return "\n".join(text_lines)
 
 
 def _numberless(part: str) -> str:

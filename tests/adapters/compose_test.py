@@ -136,7 +136,7 @@ def test_the_table_counts_what_trains_and_what_is_frozen(flix):
     trained = sum(x.size for x in jax.tree.leaves(added))
     frozen = sum(x.size for x in jax.tree.leaves(base))
     assert f"trained {trained:,}  frozen {frozen:,}" in text
-    assert "language=yo:1" in text and "16 x 13 x 32" in text
+    assert "language=yo:1" in text and "a 16 x 13, b 13 x 32" in text
 
 
 def test_update_rates_follow_the_columns_owners(flix, space, batch):

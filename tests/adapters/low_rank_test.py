@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modjax.adapters import Features, LowRank, Mix, Single
-from modjax.adapters.modules import LowRankBank, choose_form
+from modjax.adapters.low_rank import LowRankBank, choose_form
 from modjax.features import FeatureSpace
 
 RANKS = {"task": 3, "language": 2, "language=yo": 4, "shared": 1}
@@ -23,7 +23,7 @@ def run(form, mix, space, alpha=6.0):
     modules = router.modules(space)
     routing = router.route(mix, space, lambda: jax.random.key(0))
     segments = mix.segments and mix.segments["tokens"]
-    gates = module.prepare(routing, modules, segments)
+    gates = module.prepare(routing, modules, segments, "sum")
     keys = jax.random.split(jax.random.key(1), 3)
     rank = sum(module.ranks(modules))
     params = {
@@ -33,7 +33,8 @@ def run(form, mix, space, alpha=6.0):
     x = jax.random.normal(keys[2], (2, 6, 5))
 
     def output(params, x):
-        return LowRankBank(rank, form=form).apply({"params": params}, x, 7, gates, False)
+        y = jnp.zeros((2, 6, 7))
+        return LowRankBank(rank, rank, form=form).apply({"params": params}, x, y, gates, False)
 
     grads = jax.grad(lambda p, x: jnp.sum(jnp.sin(output(p, x))), argnums=(0, 1))(params, x)
     return output(params, x), grads, params, x, modules
@@ -85,22 +86,22 @@ def test_the_single_router_is_plain_lora_also_packed(form):
     module = LowRank(4, alpha=8.0, form=form)
     routing = Single().route(PACKED, None, lambda: jax.random.key(0))
     modules = Single().modules(None)
-    gates = module.prepare(routing, modules, PACKED.segments["tokens"])
+    gates = module.prepare(routing, modules, PACKED.segments["tokens"], "sum")
     a = jax.random.normal(jax.random.key(0), (5, 4))
     b = jax.random.normal(jax.random.key(1), (4, 7))
     x = jax.random.normal(jax.random.key(2), (2, 6, 5))
-    bank = LowRankBank(4, form=form)
-    found = bank.apply({"params": {"a": a, "b": b}}, x, 7, gates, False)
+    bank = LowRankBank(4, 4, form=form)
+    found = bank.apply({"params": {"a": a, "b": b}}, x, jnp.zeros((2, 6, 7)), gates, False)
     np.testing.assert_allclose(found, 2.0 * (x @ a) @ b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_bank_starts_at_zero_with_independent_columns_bounded_by_the_width(space):
     module, router = LowRank(4), Features()
     modules = router.modules(space)
-    gates = module.prepare(router.route(UNPACKED, space, lambda: None), modules, None)
+    gates = module.prepare(router.route(UNPACKED, space, lambda: None), modules, None, "sum")
     x = jnp.ones((2, 6, 64))
-    bank = LowRankBank(20)
-    params = bank.init(jax.random.key(0), x, 7, gates, False)["params"]
+    bank = LowRankBank(20, 20)
+    params = bank.init(jax.random.key(0), x, jnp.zeros((2, 6, 7)), gates, False)["params"]
     assert not params["b"].any() and params["a"].shape == (64, 20)
     assert float(jnp.abs(params["a"]).max()) <= 1 / 8
     np.testing.assert_allclose(float(params["a"].std()), 1 / 8 / np.sqrt(3), rtol=0.05)
@@ -109,12 +110,15 @@ def test_a_bank_starts_at_zero_with_independent_columns_bounded_by_the_width(spa
 
 def test_input_dropout_acts_in_training_only():
     module = LowRank(4, dropout=0.5)
-    gates = module.prepare(Single().route(Mix(), None, lambda: None), Single().modules(None), None)
-    bank = LowRankBank(4, dropout=0.5)
+    gates = module.prepare(
+        Single().route(Mix(), None, lambda: None), Single().modules(None), None, "sum"
+    )
+    bank = LowRankBank(4, 4, dropout=0.5)
     x = jnp.ones((2, 6, 8))
     params = {"a": jnp.ones((8, 4)), "b": jnp.ones((4, 3))}
-    calm = bank.apply({"params": params}, x, 3, gates, False)
-    drawn = bank.apply({"params": params}, x, 3, gates, True, rngs={"dropout": jax.random.key(0)})
+    y = jnp.zeros((2, 6, 3))
+    calm = bank.apply({"params": params}, x, y, gates, False)
+    drawn = bank.apply({"params": params}, x, y, gates, True, rngs={"dropout": jax.random.key(0)})
     np.testing.assert_array_equal(calm, 32.0)
     assert len(np.unique(np.asarray(drawn))) > 3
 
@@ -147,7 +151,7 @@ def test_impossible_settings_are_refused(options, message):
 def test_settings_of_groups_must_fit_the_router(options, message, space):
     module, modules = LowRank(**options), Features().modules(space)
     with pytest.raises(ValueError, match=message):
-        module.check(modules)
+        module.check(modules, "sum")
         module.ranks(modules)
 
 
@@ -159,9 +163,9 @@ def test_rates_scales_and_ranks_may_be_given_by_group_or_by_value(space):
     )
     modules = Features().modules(space)
     assert module.ranks(modules) == (2, 2, 1, 1, 3)
-    assert module.owner(modules).tolist() == [0, 0, 1, 1, 2, 3, 4, 4, 4]
     assert module.scales(modules).tolist() == [2, 2, 1, 1, 1]
-    assert module.column_rates(modules).tolist() == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5]
+    rates = module.leaves(modules)["a"].spread(module.rates(modules))
+    assert rates.tolist() == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5]
 
 
 def test_the_form_is_dense_for_small_banks_and_gathered_for_hundreds_of_languages():
