@@ -1,16 +1,22 @@
-"""Pretraining on plain text: give back what was cut out of it, or the whole of it.
+"""Pretraining on plain text: give back what was cut out of it, the whole of it, or a jumble.
 
 `fill` is span corruption (T5, arXiv 1910.10683; over bytes as in ByT5, arXiv 2105.13626): random
 spans are cut out, a sentinel marks each gap, and the target is each sentinel with what was cut, and
 one more sentinel where the text goes on after the last gap.
 `restore` cuts in the same way and asks for the whole text (as BART, arXiv 1910.13461): a model that
 does nothing but fill gaps never learns to copy, and parses, tags and answers are mostly copies.
+`noise` and `letters` ask for a copy of what no knowledge of a language predicts: a small model finds
+copying in a thousand steps of short noise, and hardly at all in natural text, where guessing the
+next byte is the easier half.
 """
 
 from collections.abc import Callable
 
 import seqio
 import tensorflow as tf
+
+# Of ByteVocabulary: padding, the end mark and the unknown come before the bytes.
+_FIRST_BYTE = 3
 
 
 def fill(
@@ -31,6 +37,44 @@ def restore(
 ) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
     """A preprocessor: `restore: text with gaps` to the whole text. Arguments as for `fill`."""
     return _preprocessor(vocabulary, "restore: ", density, mean_span, whole=True)
+
+
+def letters(vocabulary: seqio.Vocabulary) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """A preprocessor: `copy: the text's characters in random order` to the same.
+
+    The bytes of a character stay together, so that a script's bytes are copied as they occur in it.
+    The vocabulary must be a `seqio.ByteVocabulary`: byte `b` is token `b + 3`.
+    """
+    prompt_ids = vocabulary.encode("copy: ")
+
+    @seqio.map_over_dataset(num_seeds=1)
+    def jumble(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        tokens = tf.cast(example["targets"], tf.int32)
+        byte = tokens - _FIRST_BYTE
+        begins = tf.logical_or(byte < 0x80, byte >= 0xC0)
+        character = tf.maximum(tf.cumsum(tf.cast(begins, tf.int32)) - 1, 0)
+        place = tf.random.experimental.stateless_shuffle(tf.range(tf.size(tokens)), tf.stack(seed))
+        order = tf.argsort(tf.gather(place, character), stable=True)
+        targets = tf.gather(tokens, order)
+        return {**example, "inputs": tf.concat([prompt_ids, targets], axis=0), "targets": targets}
+
+    return jumble
+
+
+def noise(vocabulary: seqio.Vocabulary) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """A preprocessor: `copy: random bytes` to the same; of the text only the length is used.
+
+    The vocabulary must be a `seqio.ByteVocabulary`: byte `b` is token `b + 3`.
+    """
+    prompt_ids = vocabulary.encode("copy: ")
+
+    @seqio.map_over_dataset(num_seeds=1)
+    def draw(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        shape, end = tf.shape(example["targets"]), _FIRST_BYTE + 256
+        targets = tf.random.stateless_uniform(shape, tf.stack(seed), _FIRST_BYTE, end, tf.int32)
+        return {**example, "inputs": tf.concat([prompt_ids, targets], axis=0), "targets": targets}
+
+    return draw
 
 
 def gaps(

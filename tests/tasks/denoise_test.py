@@ -52,6 +52,26 @@ def test_restore_asks_for_the_whole_text_from_one_with_gaps():
         assert max(kept) == TOP and len(kept) < len(TEXT)
 
 
+@pytest.mark.parametrize("text", [TEXT, "नमस्ते दुनिया" * 4, "aéจ🙂"])
+def test_jumbled_letters_are_the_characters_of_the_text_in_another_order(text):
+    lesson = lessons(denoise.letters, [text] * 20)
+    jumbles = set()
+    for inputs, targets in lesson:
+        assert without_prompt(inputs, "copy: ") == targets
+        jumbles.add(bytes(token - 3 for token in targets).decode())
+    assert {"".join(sorted(jumble)) for jumble in jumbles} == {"".join(sorted(text))}
+    assert len(jumbles) > 5
+
+
+def test_noise_has_the_length_of_the_text_and_every_byte_in_it():
+    seen = set()
+    for inputs, targets in lessons(denoise.noise, [TEXT] * 100):
+        assert without_prompt(inputs, "copy: ") == targets
+        assert len(targets) == len(TEXT)
+        seen |= set(targets)
+    assert seen == set(range(3, 259))
+
+
 def test_same_seed_same_gaps_and_other_examples_other_gaps():
     first, again = (lessons(denoise.fill, [TEXT] * 8) for _ in range(2))
     assert first == again
