@@ -10,12 +10,13 @@ known from another language:
   tag        PUD: by document, see `xling.split_of`
   translate  PUD, the same split: English into the language and back, as one dataset
   qa         MLQA dev: one question in ten validation, by its id, the rest train; XQuAD: test
-  fill, restore  pretraining on the text of the training splits, without labels or pairs
+  fill, restore, letters, noise  pretraining on the text of the training splits, without labels or pairs
 Scores on these splits cannot be compared with published ones: the splits are others, and contexts
 are cut to a window around the answer.
 
-Mixtures: mtop6_pretrain; mtop6_train, and mtop6_train_more with the larger English training set;
-mtop6_validation, mtop6_eval, and mtop6_parse with the parses of mtop6_eval alone.
+Mixtures: mtop6_pretrain_noise and mtop6_pretrain; mtop6_train, and mtop6_train_more with the larger
+English training set; mtop6_validation, mtop6_eval, and mtop6_parse with the parses of mtop6_eval
+alone.
 """
 
 import functools
@@ -175,7 +176,6 @@ def _add(
 
 def _register() -> None:
     others = LANGUAGES[1:]
-    vocabulary = byte_tasks.VOCABULARY
     _add("parse", LANGUAGES, parse_examples, byte_tasks.PARSE)
     _add("tag", LANGUAGES, tag_examples, byte_tasks.TAG)
     _add("translate", others, translate_examples, byte_tasks.TRANSLATE)
@@ -186,14 +186,20 @@ def _register() -> None:
         byte_tasks.QA,
         lambda language: SPLITS if language in MLQA_LANGUAGES else ("test",),
     )
-    for kind, make in (("fill", denoise.fill), ("restore", denoise.restore)):
+    lessons = {
+        "fill": denoise.fill,
+        "restore": denoise.restore,
+        "letters": denoise.letters,
+        "noise": denoise.noise,
+    }
+    for kind, make in lessons.items():
         _add(
             kind,
             LANGUAGES,
             text_examples,
             ("chrf",),
             lambda language: SPLITS[:2],
-            [make(vocabulary)],
+            [make(byte_tasks.VOCABULARY)],
         )
     byte_tasks.add_task(
         "mtop6_parse_en_more",
@@ -206,17 +212,19 @@ def _register() -> None:
     def names(kind: str, languages: Iterable[str]) -> list[str]:
         return [f"mtop6_{kind}_{language}" for language in languages]
 
-    # Every language and both lessons equally often: the small languages are repeated more.
-    registry.add_mixture("mtop6_pretrain", names("fill", LANGUAGES) + names("restore", LANGUAGES))
+    # Every language and every lesson equally often: the small languages are repeated more.
+    registry.add_mixture("mtop6_pretrain_noise", names("noise", LANGUAGES))
+    texts = [name for kind in ("fill", "restore", "letters") for name in names(kind, LANGUAGES)]
+    registry.add_mixture("mtop6_pretrain", texts)
     # Parsing is three datasets of eighteen, the shortest ones, and what the benchmark is about.
     train = [
-        *((name, 6.0) for name in names("parse", PARSE_TRAINED)),
+        *((name, 24.0) for name in names("parse", PARSE_TRAINED)),
         *names("tag", LANGUAGES),
         *names("translate", others),
         *names("qa", MLQA_LANGUAGES),
     ]
     registry.add_mixture("mtop6_train", train)
-    registry.add_mixture("mtop6_train_more", [*train, ("mtop6_parse_en_more", 6.0)])
+    registry.add_mixture("mtop6_train_more", [*train, ("mtop6_parse_en_more", 24.0)])
     companions = names("tag", LANGUAGES) + names("translate", others)
     parses = names("parse", LANGUAGES)
     registry.add_mixture("mtop6_validation", parses + companions + names("qa", MLQA_LANGUAGES))

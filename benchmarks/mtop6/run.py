@@ -35,6 +35,10 @@ SMOKE = {
 }
 
 
+# An example of FLix has two modules, its task's and its language's, so both methods compute as much.
+RANKS = {"lora": 16, "flix": 8}
+
+
 def configure(entry: str, files: Sequence[str], bindings: Sequence[str]) -> None:
     """Loads gin files of this folder and of gin_configs, and bindings, which win."""
     from modjax import launch
@@ -69,7 +73,7 @@ def adapt(
 
     files = ("bases/folder.gin", f"methods/{method}.gin", f"{HERE}/adapt.gin")
     places = (f"BASE = {str(base)!r}", f"MODEL_DIR = {str(model_dir)!r}", f"RANDOM_SEED = {seed}")
-    configure("train", files, (*places, *bindings))
+    configure("train", files, (*places, *_rank(method), *bindings))
     gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
 
 
@@ -88,8 +92,12 @@ def evaluate(
         f"EVAL_OUTPUT_DIR = {str(model_dir / 'eval')!r}",
         "eval.evaluate.write_report = False",
     )
-    configure("eval", files, (*places, *bindings))
+    configure("eval", files, (*places, *_rank(method), *bindings))
     gin.get_configurable(evaluation.evaluate)(operative_config=gin.operative_config_str)
+
+
+def _rank(method: str) -> tuple[str, ...]:
+    return (f"adapters.LowRank.rank = {RANKS[method]}",) if method in RANKS else ()
 
 
 class Ledger:

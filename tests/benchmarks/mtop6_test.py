@@ -1,6 +1,7 @@
 """The six-language benchmark's run: its gin files fit together, and done steps are not repeated."""
 
 import json
+import os
 
 import pytest
 import seqio
@@ -60,13 +61,19 @@ def called(monkeypatch, gin, entry, name):
     return calls
 
 
+@pytest.mark.parametrize("stage", run.STAGES)
 def test_pretraining_trains_all_of_a_base_whose_vocabulary_is_that_of_the_tasks(
-    monkeypatch, gin, tmp_path
+    monkeypatch, gin, tmp_path, stage
 ):
     calls = called(monkeypatch, gin, "train", "train")
-    run.pretrain(tmp_path / "b", ["DATA_DIR = '/data'"])
+    run.pretrain(stage, tmp_path / "b", ["DATA_DIR = '/data'"])
     (call,) = calls
-    assert call["model"].adapted is None and call["export_dir"] == str(tmp_path / "b")
+    assert call["model"].adapted is None
+    last = stage == run.STAGES[-1]
+    assert call["export_dir"] == (str(tmp_path / "b") if last else None)
+    before = run.STAGES[run.STAGES.index(stage) - 1]
+    first = stage == run.STAGES[0]
+    assert call["initial_checkpoint_path"] == (None if first else str(tmp_path / before))
     config = call["model"].network.config
     for task in registry.tasks_of(call["mixture_or_task_name"]):
         features = seqio.TaskRegistry.get(task).output_features
@@ -86,7 +93,7 @@ def test_methods_adapt_the_same_base_with_the_same_compute(monkeypatch, gin, bas
     (rule,) = call["model"].adapted.rules
     # An example has a task and a language.
     active = {"lora": 1, "flix": 2}[method]
-    assert isinstance(rule, adapters.Rule) and rule.mixture.module.rank * active == 8
+    assert isinstance(rule, adapters.Rule) and rule.mixture.module.rank * active == 16
 
 
 def test_the_evaluation_covers_all_languages_and_is_not_shorter_than_training(
@@ -95,7 +102,7 @@ def test_the_evaluation_covers_all_languages_and_is_not_shorter_than_training(
     calls = called(monkeypatch, gin, "eval", "evaluate")
     run.evaluate("flix", base, base.parent / "m", [])
     (call,) = calls
-    assert call["mixture_or_task_name"] == "mtop6_eval" and call["split"] == "test"
+    assert call["mixture_or_task_name"] == "mtop6_parse" and call["split"] == "test"
     inputs, targets, _ = mtop6.limits()
     assert call["task_feature_lengths"]["inputs"] > inputs
     assert call["task_feature_lengths"]["targets"] > targets
@@ -104,7 +111,7 @@ def test_the_evaluation_covers_all_languages_and_is_not_shorter_than_training(
 
 def test_a_misspelt_binding_of_the_run_is_an_error(gin, tmp_path):
     with pytest.raises(launch.ConfigError, match="TRAIN_STEP "):
-        run.pretrain(tmp_path / "b", ["TRAIN_STEP = 1"])
+        run.pretrain("pretrain", tmp_path / "b", ["TRAIN_STEP = 1"])
 
 
 def test_done_steps_are_not_repeated_and_failed_ones_are(tmp_path):
@@ -122,3 +129,45 @@ def test_done_steps_are_not_repeated_and_failed_ones_are(tmp_path):
     again.do("two", lambda: done.append("two"))
     assert done == ["one", "two"]
     assert set(json.loads(path.read_text())) == {"one", "two"}
+
+
+@pytest.fixture
+def workers(tmp_path):
+    made = []
+
+    def make(script, count):
+        path = tmp_path / "script.py"
+        path.write_text(script)
+        made.append(run.Workers(["--a"], tmp_path, count, str(path)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_step_is_a_process_with_the_commands_arguments_and_a_log(workers, tmp_path):
+    work = workers("import sys; print(sys.argv[1:])", 1)
+    work.run("lora_0")
+    work.run("lora_0")
+    assert (tmp_path / "lora_0.log").read_text() == "['--a', '--only=lora_0']\n" * 2
+
+
+def test_a_failing_step_is_an_error_with_the_end_of_its_log_and_gives_its_core_back(workers):
+    work = workers("print('why'); raise SystemExit(3)", 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"lora_0 ended with status 3(.|\n)*why"):
+            work.run("lora_0")
+
+
+def test_a_step_alone_has_a_device_for_each_of_the_cores(workers, tmp_path):
+    workers("import os; print(os.environ['XLA_FLAGS'])", 3).run("pretrain", alone=True)
+    assert "device_count=3" in (tmp_path / "pretrain.log").read_text()
+
+
+def test_processes_get_a_core_each_where_there_are_enough():
+    usable = sorted(os.sched_getaffinity(0))
+    assert run.cores(1) == [None]
+    assert run.cores(len(usable) + 1) == [None] * (len(usable) + 1)
+    if len(usable) > 1:
+        assert run.cores(2) == usable[:2]
