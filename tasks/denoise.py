@@ -5,9 +5,8 @@ spans are cut out, a sentinel marks each gap, and the target is each sentinel wi
 one more sentinel where the text goes on after the last gap.
 `restore` cuts in the same way and asks for the whole text (as BART, arXiv 1910.13461): a model that
 does nothing but fill gaps never learns to copy, and parses, tags and answers are mostly copies.
-`noise` and `letters` ask for a copy of what no knowledge of a language predicts: a small model finds
-copying in a thousand steps of short noise, and hardly at all in natural text, where guessing the
-next byte is the easier half.
+`letters` asks for a copy of a jumble, which no knowledge of a language helps to write. `quote` asks
+for marked spans of the text and nothing between them: to jump from one to the next, as parses do.
 """
 
 from collections.abc import Callable
@@ -61,20 +60,36 @@ def letters(vocabulary: seqio.Vocabulary) -> Callable[[tf.data.Dataset], tf.data
     return jumble
 
 
-def noise(vocabulary: seqio.Vocabulary) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
-    """A preprocessor: `copy: random bytes` to the same; of the text only the length is used.
+def quote(
+    vocabulary: seqio.Vocabulary, density: float = 0.4, mean_span: float = 8.0
+) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """A preprocessor: `quote: text with marked spans` to the marked spans, marks included.
 
-    The vocabulary must be a `seqio.ByteVocabulary`: byte `b` is token `b + 3`.
+    A mark of its own begins each span and one common mark ends them all.
+
+    Args:
+      vocabulary: its highest ids serve as marks, downward from the last; the lowest is the end.
+      density: share of the tokens that is marked.
+      mean_span: mean length of a marked span, in tokens.
     """
-    prompt_ids = vocabulary.encode("copy: ")
+    prompt_ids = vocabulary.encode("quote: ")
+    top, most = _sentinels(vocabulary)
 
     @seqio.map_over_dataset(num_seeds=1)
-    def draw(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
-        shape, end = tf.shape(example["targets"]), _FIRST_BYTE + 256
-        targets = tf.random.stateless_uniform(shape, tf.stack(seed), _FIRST_BYTE, end, tf.int32)
-        return {**example, "inputs": tf.concat([prompt_ids, targets], axis=0), "targets": targets}
+    def mark(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        tokens = tf.cast(example["targets"], tf.int32)
+        inside = gaps(tf.size(tokens), density, mean_span, most - 1, tf.stack(seed))
+        begins = tf.logical_and(inside, tf.logical_not(tf.concat([[False], inside[:-1]], axis=0)))
+        ends = tf.logical_and(inside, tf.logical_not(tf.concat([inside[1:], [False]], axis=0)))
+        begin = top + 1 - tf.cumsum(tf.cast(begins, tf.int32))
+        end = tf.fill(tf.shape(tokens), top + 1 - most)
+        marked = tf.stack([begin, tokens, end], axis=1)
+        shown = tf.stack([begins, tf.ones_like(begins), ends], axis=1)
+        targets = tf.boolean_mask(marked, tf.logical_and(shown, inside[:, None]))
+        inputs = tf.concat([prompt_ids, tf.boolean_mask(marked, shown)], axis=0)
+        return {**example, "inputs": inputs, "targets": targets}
 
-    return draw
+    return mark
 
 
 def gaps(
@@ -113,13 +128,18 @@ def _random_lengths(total: tf.Tensor, parts: tf.Tensor, seed: tf.Tensor) -> tf.T
     return edges[1:] - edges[:-1]
 
 
+def _sentinels(vocabulary: seqio.Vocabulary) -> tuple[int, int]:
+    """The highest id, and how many there are from it downward."""
+    if vocabulary.extra_ids < 2:
+        raise ValueError("Cutting spans needs a vocabulary with extra_ids: they mark the gaps.")
+    return vocabulary.vocab_size - 1, vocabulary.extra_ids
+
+
 def _preprocessor(
     vocabulary: seqio.Vocabulary, prompt: str, density: float, mean_span: float, whole: bool
 ) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
     prompt_ids = vocabulary.encode(prompt)
-    top, most = vocabulary.vocab_size - 1, vocabulary.extra_ids
-    if most < 2:
-        raise ValueError("Cutting spans needs a vocabulary with extra_ids: they mark the gaps.")
+    top, most = _sentinels(vocabulary)
 
     @seqio.map_over_dataset(num_seeds=1)
     def corrupt(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:

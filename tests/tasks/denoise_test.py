@@ -63,13 +63,19 @@ def test_jumbled_letters_are_the_characters_of_the_text_in_another_order(text):
     assert len(jumbles) > 5
 
 
-def test_noise_has_the_length_of_the_text_and_every_byte_in_it():
-    seen = set()
-    for inputs, targets in lessons(denoise.noise, [TEXT] * 100):
-        assert without_prompt(inputs, "copy: ") == targets
-        assert len(targets) == len(TEXT)
-        seen |= set(targets)
-    assert seen == set(range(3, 259))
+@pytest.mark.parametrize("text", [TEXT, "नमस्ते दुनिया" * 4, "ab"])
+def test_a_quote_is_the_marked_spans_of_the_text(text):
+    end = TOP + 1 - byte_tasks.VOCABULARY.extra_ids
+    for inputs, targets in lessons(denoise.quote, [text] * 10):
+        marked = without_prompt(inputs, "quote: ")
+        assert byte_tasks.VOCABULARY.decode([t for t in marked if t < 259]) == text
+        spans, inside = [], False
+        for token in marked:
+            inside = inside or token > 258
+            spans += [token] if inside else []
+            inside = inside and token != end
+        assert targets == spans and targets.count(end) == sum(t > end for t in targets) > 0
+        assert [t for t in targets if t > end] == [TOP - i for i in range(targets.count(end))]
 
 
 def test_same_seed_same_gaps_and_other_examples_other_gaps():
