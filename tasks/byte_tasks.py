@@ -27,11 +27,11 @@ VOCABULARY = seqio.ByteVocabulary(extra_ids=125)
 Examples = Sequence[Mapping[str, str]]
 
 
-def output_features() -> dict[str, seqio.Feature]:
+def output_features(vocabulary: seqio.Vocabulary = VOCABULARY) -> dict[str, seqio.Feature]:
     """The features `inputs` and `targets`, both ended by EOS."""
     return {
-        "inputs": seqio.Feature(VOCABULARY, add_eos=True),
-        "targets": seqio.Feature(VOCABULARY, add_eos=True),
+        "inputs": seqio.Feature(vocabulary, add_eos=True),
+        "targets": seqio.Feature(vocabulary, add_eos=True),
     }
 
 
@@ -42,6 +42,7 @@ def add_task(
     metadata: Mapping[str, str | Sequence[str]],
     metric_names: Sequence[str],
     preprocessors: Sequence[Callable] = (),
+    vocabulary: seqio.Vocabulary = VOCABULARY,
 ) -> None:
     """Registers a task whose examples `read(split)` returns, as `{"inputs": ..., "targets": ...}`.
 
@@ -52,6 +53,7 @@ def add_task(
       metadata: the dataset's features by name.
       metric_names: of `modjax.evaluation.metrics.METRICS`.
       preprocessors: run on token ids, before the end mark is added.
+      vocabulary: of inputs and targets; bytes are the same tokens in all `seqio.ByteVocabulary`s.
 
     Reading raises:
       RowError: a split without examples, or an example whose input or target is empty.
@@ -70,7 +72,7 @@ def add_task(
             *preprocessors,
             seqio.preprocessors.append_eos_after_trim,
         ],
-        output_features=output_features(),
+        output_features=output_features(vocabulary),
         metadata=metadata,
         metric_names=metric_names,
     )
