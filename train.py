@@ -156,7 +156,15 @@ def train(
         trained = initialize.start_from(initial_checkpoint_path, metadata, trained, stored)
 
     trainer = Trainer(
-        model, optimizer, mesh, trained, frozen, layout.axes, microbatches, layout.rates
+        model,
+        optimizer,
+        mesh,
+        trained,
+        frozen,
+        layout.axes,
+        microbatches,
+        layout.rates,
+        layout.lazy,
     )
     state = trainer.init_state(trained, random_seed)
     frozen = partitioning.place(frozen, trainer.frozen_sharding)

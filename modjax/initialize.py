@@ -28,12 +28,14 @@ class Layout:
       trained, frozen: nested dicts of shapes that together hold every parameter.
       axes: the names of the dimensions, by path.
       rates: nested dict of factors on the updates of some trained parameters, or None.
+      lazy: {path: how modules own it} of those whose modules rest in a step that does not use them.
     """
 
     trained: Tree
     frozen: Tree
     axes: Mapping[str, Sequence[str | None]]
     rates: Tree | None = None
+    lazy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def example_batch(
@@ -73,15 +75,17 @@ def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Gro
     params, named = variables["params"], variables.get("params_axes", {})
     axes: dict[str, Any] = dict(partitioning.flat_axes(named))
     paths: list[str] = []
-    rates = None
+    rates: Tree | None = None
+    lazy: Mapping[str, Any] = {}
     if model.adapted is not None:
         added, base = adapters.split(params, model.adapted)
         paths = list(traverse_util.flatten_dict(added, sep="/"))
         added_axes = adapters.logical_axes(added, model.adapted, base, named)
         axes.update(traverse_util.flatten_dict(added_axes, sep="/"))
         rates = adapters.update_rates(added, model.adapted)
+        lazy = adapters.lazy_parts(added, model.adapted)
     trained, frozen = optimizers.select(params, groups, paths)
-    return Layout(trained, frozen, axes, rates)
+    return Layout(trained, frozen, axes, rates, lazy)
 
 
 def take_base(wanted: Tree, base: Tree, adapter_names: Sequence[str], where: str) -> Tree:

@@ -20,12 +20,17 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
     Returns:
       loss (nats per target token), accuracy (share of target tokens, 0-1), learning_rate, grad_norm
       (mean), tokens_per_second (non-padding, encoder and decoder), steps_per_second, padding (share
-      of positions, 0-1), seconds (since the last line), and z_loss where there is one. A figure
+      of positions, 0-1), seconds (since the last line), and z_loss and consistency where there are such. A figure
       whose sums are missing is left out.
     """
     figures = {name: value for name, value in sums.items() if name.startswith("learning_rate")}
     weight = max(sums.get("weight", 0.0), 1e-9)
-    for name, source in (("loss", "loss"), ("z_loss", "z_loss"), ("accuracy", "correct")):
+    for name, source in (
+        ("loss", "loss"),
+        ("z_loss", "z_loss"),
+        ("consistency", "consistency"),
+        ("accuracy", "correct"),
+    ):
         if source in sums:
             figures[name] = sums[source] / weight
     if "grad_norm" in sums and sums.get("steps"):

@@ -16,6 +16,7 @@ from modjax import decoding
 from modjax.adapters import Adapted, Mix
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
+from modjax.losses import cross_entropy, symmetric_kl
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -25,36 +26,6 @@ NORMALIZERS = ("num_real_target_tokens", "num_total_target_tokens", "average_per
 DECODERS = ("greedy", "sample", "beam")
 
 
-def cross_entropy(
-    logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Array, Array]:
-    """Cross entropy per token in nats, and the part of it that is z-loss.
-
-    With label smoothing e the target distribution is 1 - e on the target and e / (V - 1) elsewhere, and its
-    entropy is subtracted, so that a perfect prediction costs 0. The z-loss `z * log(Z)^2` keeps the logits'
-    normaliser near 1 (arXiv 2204.02311, section 5).
-
-    Args:
-      logits: float `[..., V]`; computed in float32.
-      targets: int `[...]`.
-
-    Returns:
-      (loss including z-loss, z-loss), float32 `[...]`.
-    """
-    logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    loss = log_z - target_logits
-    if label_smoothing:
-        rest = label_smoothing / (logits.shape[-1] - 1)
-        confidence = 1.0 - label_smoothing
-        loss = log_z - (confidence - rest) * target_logits - rest * jnp.sum(logits, axis=-1)
-        entropy = -confidence * jnp.log(confidence) - label_smoothing * jnp.log(rest)
-        loss = loss - entropy
-    z = z_loss * jnp.square(log_z)
-    return loss + z, z
-
-
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderModel:
     """An encoder-decoder network with its loss and its decoder.
@@ -62,10 +33,13 @@ class EncoderDecoderModel:
     Attributes:
       module: a network with `encode`, `decode` and `__call__` as `networks.t5.Transformer` has them, or one in
         `adapters.Adapted`.
-      label_smoothing, z_loss: see `cross_entropy`.
+      label_smoothing, z_loss: see `losses.cross_entropy`.
       loss_normalizing_factor: None leaves the loss a sum over the batch's target tokens (T5X's default); a number
         divides it; "num_real_target_tokens", "num_total_target_tokens" (padding included) or
         "average_per_sequence" (each sequence weighs the same).
+      consistency: weight lambda of AdaMix's consistency loss (arXiv 2205.12410): in training a second stochastic pass
+        is made, and `lambda / 2 (KL(stop(p2) || p1) + KL(stop(p1) || p2))` over the vocabulary is added to each
+        target token's loss, where p1 and p2 are the passes' distributions. 0 for one pass.
       eos_id: the token that ends a target.
       decoder: how `predict_batch` decodes unless told otherwise: "greedy", "sample" or "beam".
       num_decodes: beams, or samples of which the most probable is returned.
@@ -77,6 +51,7 @@ class EncoderDecoderModel:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     loss_normalizing_factor: float | str | None = None
+    consistency: float = 0.0
     eos_id: int = 1
     decoder: str = "greedy"
     num_decodes: int = 1
@@ -88,6 +63,8 @@ class EncoderDecoderModel:
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+        if not self.consistency >= 0.0:
+            raise ValueError(f"consistency must be at least 0, got {self.consistency}.")
         factor = self.loss_normalizing_factor
         if isinstance(factor, str) and factor.lower() not in NORMALIZERS:
             raise ValueError(
@@ -168,8 +145,8 @@ class EncoderDecoderModel:
 
         Returns:
           (loss sum, sums): `loss` (z-loss included), `z_loss`, `weight` (target tokens), `correct`, `sequences`,
-          `tokens` (not padding, both streams), `positions` (padding included) and `target_positions`, all float32
-          scalars.
+          `tokens` (not padding, both streams), `positions` (padding included) and `target_positions`, and
+          `consistency` where there is one; all float32 scalars.
         """
         logits = self.logits(params, batch, dropout_rng)
         targets = batch["decoder_target_tokens"]
@@ -179,8 +156,14 @@ class EncoderDecoderModel:
         if self._normalizer == "average_per_sequence":
             per_token = weights / jnp.maximum(_sequence_weights(batch, weights), 1e-9)
         loss_sum = jnp.sum(loss * per_token)
+        extra = {}
+        if self.consistency and dropout_rng is not None:
+            other = self.logits(params, batch, jax.random.fold_in(dropout_rng, 1))
+            distance = self.consistency / 2 * symmetric_kl(logits, other)
+            loss_sum = loss_sum + jnp.sum(distance * per_token)
+            extra["consistency"] = jnp.sum(distance * weights)
         tokens = [batch["encoder_input_tokens"], targets]
-        sums = {
+        sums = extra | {
             "loss": jnp.sum(loss * weights),
             "z_loss": jnp.sum(z * weights),
             "weight": jnp.sum(weights),

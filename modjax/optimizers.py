@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 
@@ -25,6 +26,7 @@ from modjax import errors
 Params = Mapping[str, Any]
 Schedule = Callable[[jax.Array], jax.Array]
 DECAYS = ("constant", "linear", "cosine", "rsqrt")
+HEAD = r"(.*/)?(head|classifier)/.*"  # a task's own output layer, which no base has trained
 
 
 def schedule(
@@ -129,6 +131,7 @@ class Group:
       multiplier: factor on the learning rate.
       learning_rate: a rate or schedule of their own instead of the optimizer's.
       weight_decay: a decay of their own instead of the optimizer's.
+      optional: whether the pattern may match nothing, as that of a task head that only some models have.
     """
 
     pattern: str
@@ -136,6 +139,7 @@ class Group:
     multiplier: float = 1.0
     learning_rate: float | Schedule | None = None
     weight_decay: float | None = None
+    optional: bool = False
 
 
 def assign(groups: Sequence[Group], paths: Collection[str]) -> dict[str, int]:
@@ -155,7 +159,7 @@ def assign(groups: Sequence[Group], paths: Collection[str]) -> dict[str, int]:
             ) from error
         matches = [path for path in paths if compiled.fullmatch(path)]
         mine = [path for path in matches if path not in owners]
-        if not mine and group.pattern != ".*":
+        if not mine and group.pattern != ".*" and not group.optional:
             why = "earlier groups take all it matches" if matches else "matches no parameter"
             raise ValueError(
                 f"group {index}: the pattern {group.pattern!r} {why}; it must match a whole path."
@@ -179,7 +183,8 @@ def select(
 
     Args:
       params: base and adapters, one nested dict.
-      groups: the ordered groups. Without any, the adapters train, or everything if there are none.
+      groups: the ordered groups. Without any, the adapters and a task's head train, or everything if there are no
+        adapters.
       adapter_paths: the paths of the adapters' parameters.
 
     Returns:
@@ -193,7 +198,8 @@ def select(
         owners = assign(groups, list(flat))
         chosen = {path for path in flat if groups[owners[path]].train}
     else:
-        chosen = set(adapter_paths) or set(flat)
+        heads = {path for path in flat if re.fullmatch(HEAD, path)}
+        chosen = set(adapter_paths) | heads if adapter_paths else set(flat)
     trained = {path: leaf for path, leaf in flat.items() if path in chosen}
     frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
     if not trained:
@@ -295,3 +301,57 @@ class Optimizer:
             return re.search(self.no_decay, "/".join(str(key.key) for key in path)) is None
 
         return jax.tree_util.tree_map_with_path(decays, tree)
+
+
+def resting(
+    transform: optax.GradientTransformation, parts: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """A transformation under which a module without a gradient in a step does not move in it.
+
+    Its parameters keep their values, without decay or momentum, and the parts of the optimizer's state that are shaped
+    like a parameter keep theirs; what the state holds for all of a parameter (a count of steps, Adafactor's factored
+    moments) goes on. Without this, AdaMix would move the modules that it did not draw (arXiv 2205.12410).
+
+    Args:
+      transform: of the trained parameters.
+      parts: {path: which module owns what of it, a `adapters.banks.Leaf`}; others are treated as ever.
+    """
+    if not parts:
+        return transform
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        flat = traverse_util.flatten_dict(dict(grads), sep="/")
+        used = {path: _used(flat[path], leaf) for path, leaf in parts.items() if path in flat}
+        updates, after = transform.update(grads, state, params)
+
+        def keep(path: tuple[Any, ...], new: Any, old: Any) -> Any:
+            owner = _mirrored(path, new, used, flat)
+            return new if owner is None else jnp.where(used[owner], new, old)
+
+        after = jax.tree_util.tree_map_with_path(keep, after, state)
+        moved = traverse_util.flatten_dict(dict(updates), sep="/")
+        moved |= {path: jnp.where(mask, moved[path], 0) for path, mask in used.items()}
+        return traverse_util.unflatten_dict(moved, sep="/"), after
+
+    return optax.GradientTransformation(transform.init, update)
+
+
+def _used(gradient: jax.Array, leaf: Any) -> jax.Array:
+    """True where a module has a gradient, broadcastable over the parameter; leading axes are layers of their own."""
+    lead = gradient.ndim - len(leaf.axes)
+    others = tuple(i for i in range(lead, gradient.ndim) if i != gradient.ndim + leaf.axis)
+    columns = jnp.any(gradient != 0, axis=others, keepdims=True)
+    owner = np.repeat(np.arange(len(leaf.parts)), [size for _, size in leaf.parts])
+    same = jnp.asarray(owner[:, None] == owner[None, :])
+    columns = jnp.moveaxis(columns, leaf.axis, -1)
+    return jnp.moveaxis(jnp.any(columns[..., None] & same, axis=-2), -1, leaf.axis)
+
+
+def _mirrored(path: tuple[Any, ...], leaf: Any, used: Mapping[str, Any], grads: Any) -> str | None:
+    """The parameter that a leaf of an optimizer's state mirrors, by path and shape, if it may rest."""
+    keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    for start in range(len(keys)):
+        name = "/".join(keys[start:])
+        if name in used and getattr(leaf, "shape", None) == grads[name].shape:
+            return name
+    return None

@@ -83,6 +83,15 @@ def _gradients(
     return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), sums
 
 
+def _times(tree: Any, factors: Mapping[str, Any]) -> Any:
+    """A nested dict with the leaves at some paths multiplied."""
+    if not factors:
+        return tree
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    flat.update({path: flat[path] * factor for path, factor in factors.items()})
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def train_step(
     model: Model,
     optimizer: optimizers.Optimizer,
@@ -107,11 +116,13 @@ def train_step(
     """
     rng = jax.random.fold_in(state.rng, state.step)
     grads, sums = _gradients(model, state.trained, frozen, batch, rng, microbatches)
+    if frozen_parts := {
+        path: factor != 0 for path, factor in factors.items() if (factor == 0).any()
+    }:
+        # Not only their updates: clipping goes by the norm of what trains.
+        grads = _times(grads, frozen_parts)
     updates, opt_state = transform.update(grads, state.opt_state, state.trained)
-    if factors:
-        flat = traverse_util.flatten_dict(updates, sep="/")
-        flat.update({path: flat[path] * factor for path, factor in factors.items()})
-        updates = traverse_util.unflatten_dict(flat, sep="/")
+    updates = _times(updates, factors)
     scalars = dict(sums)
     scalars.update(optimizer.rates(state.step))
     scalars["grad_norm"] = optax.global_norm(grads)
@@ -133,7 +144,8 @@ class Trainer:
       axes: logical axis names by path, for both.
       microbatches: parts that a batch is computed in, to save memory.
       rates: nested dict of factors on the updates of some trained parameters, broadcast to their
-        shapes.
+        shapes; where a factor is 0, the parameter is frozen.
+      lazy: see `optimizers.resting`.
     """
 
     def __init__(
@@ -146,10 +158,11 @@ class Trainer:
         axes: Mapping[str, Any] | None = None,
         microbatches: int = 1,
         rates: Mapping[str, Any] | None = None,
+        lazy: Mapping[str, Any] | None = None,
     ):
         self.mesh = mesh
         self.microbatches = microbatches
-        self.transform = optimizer.build(trained)
+        self.transform = optimizers.resting(optimizer.build(trained), lazy or {})
         mine = traverse_util.flatten_dict(dict(trained), sep="/")
         factors = traverse_util.flatten_dict(dict(rates or {}), sep="/")
         factors = {path: factor for path, factor in factors.items() if path in mine}

@@ -23,7 +23,9 @@ def load(*argv):
     launch.load_gin(launch.parse_flags(argv, "test"), "train")
 
 
-@pytest.mark.parametrize("method", ["flix", "lora", "lora_per_dataset", "full"])
+@pytest.mark.parametrize(
+    "method", ["flix", "lora_per_dataset", "poly_z", "adamix_lora", "ia3", "full"]
+)
 def test_files_overlay_in_any_order(method):
     import gin
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.adapters import Adapted, Features, LowRank, Mixture, Rule
-from modjax.models import EncoderDecoderModel, cross_entropy
+from modjax.adapters import Adapted, Features, LowRank, Mixture, Rule, Stochastic
+from modjax.losses import cross_entropy, symmetric_kl
+from modjax.models import EncoderDecoderModel
 
 RULES = (
     Rule(
@@ -209,3 +210,43 @@ def test_what_cannot_be_is_refused(flix, batch):
         model.predict_batch(params, pack(batch)[0])
     with pytest.raises(ValueError, match="give an rng"):
         model.predict_batch(params, batch, decoder="sample")
+
+
+def test_consistency_is_adamixs_formula_and_moves_each_side_towards_the_other():
+    p, q = 2 * jax.random.normal(jax.random.key(0), (2, 3, 5, 11))
+    soft_p, soft_q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in map(np.asarray, (p, q)))
+    log_ratio = np.log(soft_p) - np.log(soft_q)
+    expected = (soft_p * log_ratio).sum(-1) + (soft_q * -log_ratio).sum(-1)
+    np.testing.assert_allclose(symmetric_kl(p, q), expected, rtol=1e-4, atol=1e-5)
+    # Each divergence has its target stopped, so that a side's gradient is what parts it from the other.
+    grads = jax.grad(lambda p, q: jnp.sum(symmetric_kl(p, q)), argnums=(0, 1))(p, q)
+    np.testing.assert_allclose(grads[0], soft_p - soft_q, atol=1e-5)
+    np.testing.assert_allclose(grads[1], soft_q - soft_p, atol=1e-5)
+
+
+def test_a_consistent_model_adds_the_distance_of_two_draws_in_training_only(
+    make_t5, batch, space, move_adapters
+):
+    mixture = Mixture("adamix", LowRank(2), Stochastic(3))
+    adapted = Adapted(make_t5(), (Rule(".*/(query|wo)", mixture),), space)
+    model = EncoderDecoderModel(adapted, consistency=4.0)
+    alone = EncoderDecoderModel(adapted)
+    params = move_adapters(jax.jit(model.init)(jax.random.key(0), batch)["params"], size=1.0)
+    rng = jax.random.key(3)
+
+    @jax.jit
+    def figures(params):
+        other = jax.random.fold_in(rng, 1)
+        return (
+            model.loss_fn(params, batch, rng),
+            alone.loss_fn(params, batch, rng),
+            symmetric_kl(alone.logits(params, batch, rng), alone.logits(params, batch, other)),
+            model.loss_fn(params, batch, None)[0] - alone.loss_fn(params, batch, None)[0],
+        )
+
+    (loss, sums), (plain, _), distance, in_evaluation = figures(params)
+    weights = np.asarray(batch["decoder_target_tokens"] > 0)
+    expected = 2.0 * np.sum(np.asarray(distance) * weights)
+    assert expected > 0.1 and in_evaluation == 0
+    np.testing.assert_allclose(loss - plain, expected, rtol=1e-4)
+    np.testing.assert_allclose(sums["consistency"], expected, rtol=1e-4)
