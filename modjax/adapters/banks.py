@@ -175,12 +175,13 @@ def average_down(x: Array, a: Array, weights: Array) -> Array:
     if weights.shape[:2] == (1, 1):  # all alike: average the modules, at the cost of one
         blocks = a.reshape(heads, width // heads, modules, -1)
         return x @ jnp.einsum("hdmr,hm->hdr", blocks, weights[0, 0]).reshape(width, -1)
+    # No size is left to be inferred: there may be no token, as in the empty prompt that makes a decoder's cache.
     if heads == 1:
-        each = (x @ a).reshape(*x.shape[:2], 1, modules, -1)
+        each = (x @ a)[:, :, None]
     else:
-        blocks = x.reshape(*x.shape[:2], heads, -1)
+        blocks = x.reshape(*x.shape[:2], heads, width // heads)
         each = jnp.einsum("blhd,hdn->blhn", blocks, a.reshape(heads, -1, columns))
-        each = each.reshape(*x.shape[:2], heads, modules, -1)
+    each = each.reshape(*x.shape[:2], heads, modules, columns // modules)
     return jnp.sum(each * weights[..., None], axis=(2, 3))
 
 
