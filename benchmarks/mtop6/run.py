@@ -11,6 +11,7 @@ core of its own.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -215,7 +216,7 @@ def main(argv: Sequence[str]) -> int:
 
     def one_run(name: str) -> None:
         for step in (name, f"{name}_eval"):
-            ledger.do(step, lambda step=step: workers.run(step))
+            ledger.do(step, functools.partial(workers.run, step))
 
     start = time.monotonic()
     try:

@@ -165,3 +165,28 @@ def test_processes_get_a_core_each_where_there_are_enough():
     assert run.cores(len(usable) + 1) == [None] * (len(usable) + 1)
     if len(usable) > 1:
         assert run.cores(2) == usable[:2]
+
+
+def test_the_base_comes_before_the_runs_and_each_run_before_its_evaluation(monkeypatch, tmp_path):
+    done, told = [], []
+    monkeypatch.setattr(run.Workers, "run", lambda self, step, alone=False: done.append(step))
+    monkeypatch.setattr(run, "tell", lambda args, runs, ledger, minutes: told.append(runs))
+    command = ["--output", str(tmp_path), "--methods", "lora", "flix", "--seeds", "4"]
+    assert run.main(command) == run.main(command) == 0
+    assert done[0] == "pretrain"
+    assert sorted(done[1:]) == ["flix_4", "flix_4_eval", "lora_4", "lora_4_eval"]
+    assert all(done.index(name) < done.index(f"{name}_eval") for name in ("lora_4", "flix_4"))
+    assert told == [["lora_4", "flix_4"]] * 2
+
+
+def test_a_run_that_fails_ends_the_benchmark(monkeypatch, tmp_path):
+    def work(self, step, alone=False):
+        if step == "lora_0":
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run.Workers, "run", work)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.main(
+            ["--output", str(tmp_path), "--methods", "lora", "--seeds", "0", "--parallel", "1"]
+        )
+    assert set(run.Ledger(tmp_path / "seconds.json").seconds) == {"pretrain"}
