@@ -51,6 +51,7 @@ def train(
     method: str = "",
     mixture_or_task_module: str | Sequence[str] | None = None,
     initial_checkpoint_path: str | None = None,
+    start: initialize.Start = initialize.Start(),  # noqa: B008
     random_seed: int = 0,
     use_cached_tasks: bool = False,
     features: Sequence[str] | None = None,
@@ -62,6 +63,7 @@ def train(
     model_parallel: int = 1,
     log_period: int = 100,
     checkpoint_period: int = 1000,
+    checkpoint_start: bool = False,
     keep_checkpoints: int | None = 3,
     eval_period: int = 0,
     eval_steps: int = 0,
@@ -85,12 +87,14 @@ def train(
       base: a folder of weights (see `modjax.hub`), or "random" to start from random weights.
       initial_checkpoint_path: a checkpoint, or a MODEL_DIR, of the same method, whose trained
         parameters this run starts from (at step 0), unless MODEL_DIR has a checkpoint of its own.
+      start: how it starts from there.
       features: which of the tasks' features the feature space has; all of them if None.
       pack: several examples to a row, at most `max_segments` (a bound from the lengths if None).
       on_too_long: "count" cuts and counts examples longer than the limit, "error" refuses them.
       base_dtype: precision that the frozen base is kept in, None for that of its files.
       microbatches: parts that a batch is computed in, one after the other.
       model_parallel: devices that share a copy of the parameters.
+      checkpoint_start: save the start of the run, too, as step 0.
       eval_period, eval_steps: every so many steps, loss and accuracy on so many batches of each
         task of `eval_mixture` (default: the mixture trained on) and `eval_split`; 0 for never.
       export_dir: where the base is written at the end, if all of it was trained.
@@ -114,6 +118,8 @@ def train(
         known = FeatureSpace.from_json(stored["space"])
         space = initialize.resolve_space(space, known, bool(own), checkpoints.locate(source))
     model = model.with_space(space)
+    described = filter(registry.has_metadata, registry.tasks_of(mixture_or_task_name))
+    initialize.check_routed(model, {name: registry.metadata_of(name) for name in described})
 
     # Shapes first: what does not fit is found before anything is read or computed.
     checks.check_lengths(task_feature_lengths)
@@ -153,7 +159,13 @@ def train(
     }
     frozen = initialize.to_dtype(frozen, base_dtype)
     if stored is not None and not own:
-        trained = initialize.start_from(initial_checkpoint_path, metadata, trained, stored)
+        trained = initialize.start_from(
+            initial_checkpoint_path, metadata, trained, stored, model, start
+        )
+    rates = layout.rates
+    if start.freeze_known and initial_checkpoint_path:
+        before = checkpoints.read_metadata(initial_checkpoint_path)["method"]
+        rates = adapters.known_rates(trained, before, metadata["method"])
 
     trainer = Trainer(
         model,
@@ -163,7 +175,7 @@ def train(
         frozen,
         layout.axes,
         microbatches,
-        layout.rates,
+        rates,
         layout.lazy,
     )
     state = trainer.init_state(trained, random_seed)
@@ -183,18 +195,20 @@ def train(
         on_too_long=on_too_long,
     )
     checkpointer = checkpoints.Checkpointer(model_dir, metadata, keep_checkpoints)
-    start = 0
+    begin = 0
     if own:
-        start = own[-1]
-        state = checkpointer.restore(start, state, iterator)
+        begin = own[-1]
+        state = checkpointer.restore(begin, state, iterator)
+    elif checkpoint_start:
+        checkpointer.save(0, state, iterator)
     if first:
         _write_info(model_dir, model, layout, metadata["gin"])
 
     writer = logging.MetricWriter(
-        os.path.join(model_dir, "train"), first, tensorboard, start if own else None
+        os.path.join(model_dir, "train"), first, tensorboard, begin if own else None
     )
-    progress = logging.Progress(train_steps, start, first)
-    origin = f"resuming at step {start}" if start else f"from {source}" if source else "fresh"
+    progress = logging.Progress(train_steps, begin, first)
+    origin = f"resuming at step {begin}" if begin else f"from {source}" if source else "fresh"
     progress.say(
         f"{_describe(model, layout)}\ntraining on {mixture_or_task_name}, {origin}, to step "
         f"{train_steps}, on {jax.device_count()} {jax.devices()[0].platform} device(s) of "
@@ -228,7 +242,7 @@ def train(
             if task not in eval_writers:
                 folder = os.path.join(model_dir, "training_eval", task)
                 eval_writers[task] = logging.MetricWriter(
-                    folder, first, tensorboard, start if own else None
+                    folder, first, tensorboard, begin if own else None
                 )
             eval_writers[task].write(step, logging.summarize(sums))
 
@@ -325,7 +339,10 @@ def _export(folder: str, model: Any, state: TrainState, frozen: Any) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `train` as flags and gin files say; returns the exit status."""
-    return launch.run(argv, "Trains a model; see gin_configs/runs.", "train", train)
+    from modjax import fewshot
+
+    description = "Trains a model; see gin_configs/runs."
+    return launch.run(argv, description, "train", train, instead=[fewshot.adapt])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,23 @@ Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """How a run starts from INITIAL_CHECKPOINT_PATH.
+
+    Attributes:
+      collapse: from the checkpoint's uniform average, or what remains of it without any feature: one module at each
+        layer, which this run's method has to be (Polytropon's "mu": `methods/lora.gin` with the skills' rank).
+      new_from: `{feature: values}`; a value that the checkpoint lacks starts as the mean of those values' parameters,
+        instead of adding nothing. "dataset" for datasets and their logits.
+      freeze_known: only what the checkpoint lacks trains: new values' modules, a new task's logits.
+    """
+
+    collapse: bool = False
+    new_from: Mapping[str, Sequence[str]] | None = None
+    freeze_known: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """What a model's parameters look like, and which of them train.
 
@@ -85,7 +102,38 @@ def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Gro
         rates = adapters.update_rates(added, model.adapted)
         lazy = adapters.lazy_parts(added, model.adapted)
     trained, frozen = optimizers.select(params, groups, paths)
+    resting = [p for p in traverse_util.flatten_dict(frozen, sep="/") if p in set(paths)]
+    if resting:
+        raise ValueError(
+            f"a group freezes adapters ({resting[0]}, {len(resting)} in all), which would then be in no checkpoint: "
+            "give their module learning_rate 0 instead"
+        )
     return Layout(trained, frozen, axes, rates, lazy)
+
+
+def check_routed(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that every dataset that is trained on has logits of its own where routing is learned.
+
+    Args:
+      model: bound to its feature space.
+      datasets: {name: its features}.
+
+    Raises:
+      ValueError: a dataset would be routed as an unknown task; it is named.
+    """
+    for rule in model.adapted.rules if model.adapted else ():
+        router = rule.mixture.router
+        if not isinstance(router, adapters.Skills):
+            continue
+        rows = router.rows(model.adapted.space)
+        for name, features in datasets.items():
+            row = name if router.by == "dataset" else features.get(router.by)
+            if row not in rows:
+                raise ValueError(
+                    f"Router Skills of {rule.mixture.name!r}: dataset {name!r} has no logits, for its {router.by} is "
+                    f"{row!r}; training would leave it to the uniform average."
+                    + nearest(str(row), rows)
+                )
 
 
 def take_base(wanted: Tree, base: Tree, adapter_names: Sequence[str], where: str) -> Tree:
@@ -198,18 +246,72 @@ def added(trained: Tree, names: Sequence[str]) -> Tree:
 
 
 def start_from(
-    path: Any, metadata: Mapping[str, Any], fresh: Any, stored: Mapping[str, Any]
+    path: Any,
+    metadata: Mapping[str, Any],
+    fresh: Any,
+    stored: Mapping[str, Any],
+    model: Any,
+    start: Start = Start(),
 ) -> Any:
     """The trained parameters of another checkpoint, widened where this run's feature space has more
     values.
+
+    Args:
+      path: the checkpoint.
+      metadata: this run's.
+      fresh: this run's trained parameters as it would start by itself.
+      stored: the checkpoint's metadata.
+      model: this run's.
+      start: see `Start`.
+
+    Raises:
+      CheckpointError: made with another base, or with another method that is not to be collapsed.
+      ValueError: this run's modules are not those that are to be carried over.
     """
     where = checkpoints.locate(path)
-    for part in ("method", "base"):
-        provenance.check_same(part, _no_bank(stored[part]), _no_bank(metadata[part]), where)
+    provenance.check_same("base", stored["base"], metadata["base"], where)
+    if start.collapse:
+        return _collapsed(where, fresh, stored, model)
+    provenance.check_same("method", _no_bank(stored["method"]), _no_bank(metadata["method"]), where)
     old, _, _ = checkpoints.load_trained(where)
-    if stored["method"] == metadata["method"]:
-        return old
-    return adapters.extend(old, stored["method"], fresh, metadata["method"])
+    if stored["method"] != metadata["method"]:
+        old = adapters.extend(old, stored["method"], fresh, metadata["method"])
+    if start.new_from:
+        old = adapters.fill(old, stored["method"], metadata["method"], start.new_from)
+    return old
+
+
+def _collapsed(where: Any, fresh: Any, stored: Mapping[str, Any], model: Any) -> Any:
+    """A checkpoint's modules composed without any feature, in the places of this run's single modules."""
+    if model.adapted is None or len(model.adapted.names) != 1:
+        raise ValueError("Start.collapse needs a method with one module, as methods/lora.gin.")
+    for rule in model.adapted.rules:
+        mixture = rule.mixture
+        scales = getattr(mixture.module, "scales", lambda modules: np.ones(1))
+        if (
+            not isinstance(mixture.router, adapters.Single)
+            or (scales(mixture.modules(None)) != 1).any()
+        ):
+            raise ValueError(
+                "Start.collapse gives one module without a scale of its own: this run's router must be Single and its "
+                "alpha the rank (None)."
+            )
+    space = FeatureSpace.from_json(stored["space"])
+    rules = adapters.rules_of(stored["method"])
+    old = adapters.Adapted(model.network, rules, space, model.adapted.streams)
+    tree, _, _ = checkpoints.load_trained(where)
+    _, leaves = adapters.compose(old, tree, name=model.adapted.names[0])
+    found = traverse_util.flatten_dict(leaves, sep="/")
+    wanted = traverse_util.flatten_dict(dict(fresh), sep="/")
+    mine = {path for path in wanted if set(path.split("/")) & set(model.adapted.names)}
+    for path in sorted(mine | set(found)):
+        there, here = (tree[path].shape if path in tree else None for tree in (found, wanted))
+        if there != here:
+            raise ValueError(
+                f"{where} collapses to {path} of shape {there}, and this run has {here}: give its method the rank and "
+                "the layers of the checkpoint's"
+            )
+    return traverse_util.unflatten_dict({**wanted, **found}, sep="/")
 
 
 def _no_bank(part: Any) -> Any:

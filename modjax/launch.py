@@ -24,6 +24,8 @@ from modjax.errors import nearest
 # What a binding on the command line may name without an import of its own.
 _IMPORTS = {
     "adapters": "from modjax import adapters",
+    "fewshot": "from modjax import fewshot",
+    "initialize": "from modjax import initialize",
     "launch": "from modjax import launch",
     "models": "from modjax import models",
     "optimizers": "from modjax import optimizers",
@@ -100,7 +102,13 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     )
 
 
-def run(argv: Sequence[str], description: str, entry: str, function: Callable[..., Any]) -> int:
+def run(
+    argv: Sequence[str],
+    description: str,
+    entry: str,
+    function: Callable[..., Any],
+    instead: Sequence[Callable[..., Any]] = (),
+) -> int:
     """What an entry point does: reads flags and gin files, joins the job, calls the function.
 
     A user's mistake and a loss that is not finite end in one message, not in a trace, unless
@@ -111,6 +119,7 @@ def run(argv: Sequence[str], description: str, entry: str, function: Callable[..
       description: of the entry point.
       entry: its module, see `load_gin`.
       function: configured by gin; is given `operative_config`.
+      instead: functions that are called instead if a gin file configures them.
 
     Returns:
       The exit status.
@@ -123,7 +132,11 @@ def run(argv: Sequence[str], description: str, entry: str, function: Callable[..
         start_processes(flags)
         load_gin(flags, entry)
         bindings = list(_bindings(flags))
-        _check_configured(gin, f"{entry}.{function.__name__}")
+        for other in instead:
+            if _is_configured(gin, f"{other.__module__.rpartition('.')[2]}.{other.__name__}"):
+                function = other
+        if function not in instead:
+            _check_configured(gin, f"{entry}.{function.__name__}")
         gin.get_configurable(function)(operative_config=partial(operative_config, flags))
     except Exception as error:
         if "--traceback" in argv or not mistakes.is_users(error):
@@ -246,8 +259,12 @@ def _find(name: str, folders: Iterable[str]) -> str:
     )
 
 
+def _is_configured(gin: Any, name: str) -> bool:
+    return any(f".{selector}".endswith(f".{name}") for _, selector in gin.config._CONFIG)
+
+
 def _check_configured(gin: Any, name: str) -> None:
-    if not any(f".{selector}".endswith(f".{name}") for _, selector in gin.config._CONFIG):
+    if not _is_configured(gin, name):
         raise ConfigError(
             f"no gin file is about {name}: a job is a base, a method and a run (--gin_file=F each)"
         )

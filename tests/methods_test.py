@@ -30,7 +30,7 @@ TRAINED = {
     "flix": (2 + 2) * 4 * COLUMN,
     "polytropon": 8 * 4 * COLUMN + SITES * TASKS * 8,
     "poly_s": 8 * 4 * COLUMN + SITES * TASKS * 8 * 8,
-    "poly_z": SITES * TASKS * 8 * 8,
+    "poly_z": 8 * 4 * COLUMN + SITES * TASKS * 8 * 8,
     "poly_mu": 8 * 4 * COLUMN,
     "adamix_lora": 6 * (8 * 4 * 16 + 4 * 16),
     "adamix_adapter": 2 * (4 * 16 * (16 + 1) + 16 * 16 + 16),
@@ -116,3 +116,17 @@ def test_a_misspelt_router_or_method_is_named_with_the_nearest_one():
         launch.ConfigError, match="methods/polytropo.gin.*Did you mean .*polytropon"
     ):
         configured("polytropo")
+
+
+def test_a_group_that_freezes_adapters_is_refused_since_no_checkpoint_would_hold_them():
+    with pytest.raises(ValueError, match=r"freezes adapters .*poly/a.* learning_rate 0 instead"):
+        configured("polytropon", "skills/optimizers.Group.train = False")
+
+
+def test_a_dataset_without_logits_of_its_own_is_refused_in_training():
+    model, *_ = configured("polytropon", "adapters.Skills.by = 'language'")
+    initialize.check_routed(model, {"parse_en": {"task": "parse", "language": "en"}})
+    with pytest.raises(ValueError, match="'parse_yo' has no logits, for its language is 'yo'"):
+        initialize.check_routed(model, {"parse_yo": {"task": "parse", "language": "yo"}})
+    with pytest.raises(ValueError, match="'parse' has no logits, for its language is None"):
+        initialize.check_routed(model, {"parse": {"task": "parse", "language": None}})

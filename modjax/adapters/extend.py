@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from modjax.adapters.trees import Tree
+from modjax.adapters.trees import ROUTER_LEAF, Tree
 from modjax.errors import nearest
 
 
@@ -67,6 +67,108 @@ def extend(
     return unflatten_dict(out, sep="/")
 
 
+def fill(
+    tree: Tree,
+    old_method: Mapping[str, Any],
+    new_method: Mapping[str, Any],
+    sources: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """Gives new modules the mean of the parameters of old ones.
+
+    Args:
+      tree: what `extend` gave.
+      old_method, new_method: as there.
+      sources: `{group: the values whose mean a new value of the group starts as}`, as
+        `{"language": ["sw", "xh"]}`; `{"dataset": [...]}` is for modules and logits of datasets.
+
+    Returns:
+      A tree like `tree`; new modules of groups that are not named keep their values.
+
+    Raises:
+      ValueError: a group without new values, or a source that the checkpoint does not have.
+    """
+    flat = dict(flatten_dict(tree, sep="/"))
+    filled = set()
+    for path, leaf in flat.items():
+        division = _division(path, leaf, new_method)
+        known = _known(path, old_method)
+        if division is None or division[0] is None:
+            continue
+        axis, parts = division
+        ranges = _ranges(parts)
+        for group, values in sources.items():
+            names = [_name(path, group, value) for value in values]
+            new = [m for m in ranges if m not in known and _is_of(path, group, m)]
+            if not new:
+                continue
+            for name in names:
+                if name not in known:
+                    raise ValueError(
+                        f"The checkpoint has no {name!r} to start new values of {group!r} from."
+                        + nearest(name, sorted(known))
+                    )
+            filled.add(group)
+            moved = jnp.moveaxis(jnp.asarray(flat[path]), axis, 0)
+            mean = jnp.mean(jnp.stack([moved[np.array(ranges[n])] for n in names]), axis=0)
+            for module in new:
+                if len(ranges[module]) != mean.shape[0]:
+                    raise ValueError(f"{module!r} and {names[0]!r} have different ranks.")
+                moved = moved.at[np.array(ranges[module])].set(mean)
+            flat[path] = jnp.moveaxis(moved, 0, axis)
+    for group in sources:
+        if group not in filled:
+            raise ValueError(
+                f"There is no new value of {group!r} to start from {list(sources[group])}: this run has no modules or "
+                "logits for it that the checkpoint lacks."
+            )
+    return unflatten_dict(flat, sep="/")
+
+
+def known_rates(
+    tree: Tree, old_method: Mapping[str, Any], method: Mapping[str, Any]
+) -> dict[str, Any]:
+    """{path: factors on the updates}: 0 for what a checkpoint had already, 1 for what is new to this run."""
+    rates = {}
+    for path, leaf in flatten_dict(tree, sep="/").items():
+        division, known = _division(path, leaf, method), _known(path, old_method)
+        if division is None:
+            continue
+        axis, parts = division
+        if axis is None:
+            rates[path] = np.zeros((), np.float32)
+        else:
+            each = np.repeat([float(name not in known) for name, _ in parts], [n for _, n in parts])
+            rates[path] = each.astype(np.float32).reshape((-1,) + (1,) * (-axis - 1))
+    return rates
+
+
+def _division(path: str, leaf: Any, method: Mapping[str, Any]) -> Sequence[Any] | None:
+    """[axis, parts] of a leaf, or None for a parameter that is no adapter's."""
+    *_, name, last = ("", *path.split("/"))
+    found = [bank[last] for rule, bank in _rules(method) if rule == name and last in bank]
+    return next((division for division in found if _fits(division, leaf)), None)
+
+
+def _known(path: str, method: Mapping[str, Any]) -> set[str]:
+    *_, name, last = ("", *path.split("/"))
+    banks = [bank[last] for rule, bank in _rules(method) if rule == name and last in bank]
+    return {module for _, parts in banks for module, _ in parts}
+
+
+def _name(path: str, group: str, value: str) -> str:
+    """A module is called "group=value"; the logits' rows bear the values alone."""
+    return value if path.endswith("/" + ROUTER_LEAF) else f"{group}={value}"
+
+
+def _is_of(path: str, group: str, module: str) -> bool:
+    return path.endswith("/" + ROUTER_LEAF) or module.startswith(f"{group}=")
+
+
+def _ranges(parts: Sequence[Sequence[Any]]) -> dict[str, range]:
+    stops = np.cumsum([size for _, size in parts])
+    return {m: range(int(s) - size, int(s)) for (m, size), s in zip(parts, stops, strict=True)}
+
+
 def _rules(method: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(rule["name"], rule["bank"]) for rule in method["rules"]]
 
@@ -84,11 +186,7 @@ def _carry(
     new_bank: Sequence[Sequence[Any]],
     axis: int,
 ) -> Any:
-    def ranges(bank: Sequence[Sequence[Any]]) -> dict[str, range]:
-        stops = np.cumsum([r for _, r in bank])
-        return {m: range(int(s) - r, int(s)) for (m, r), s in zip(bank, stops, strict=True)}
-
-    source, target = ranges(old_bank), ranges(new_bank)
+    source, target = _ranges(old_bank), _ranges(new_bank)
     to: list[int] = []
     from_: list[int] = []
     for module, columns in source.items():

@@ -3,7 +3,6 @@
 Trees are nested dicts; paths join their keys with "/".
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from modjax.adapters.adapted import LEVELS, Adapted
 from modjax.adapters.banks import Leaf
-from modjax.adapters.skills import Skills
 from modjax.errors import nearest
 
 Tree = Mapping[str, Any]
@@ -182,45 +180,6 @@ def lazy_parts(adapters: Tree, adapted: Adapted) -> dict[str, Leaf]:
                 if spec.axis is not None:
                     parts[within(path, f"{name}/{leaf}")] = spec
     return parts
-
-
-def describe_method(adapted: Adapted) -> dict[str, Any]:
-    """The method as JSON-able data: the rules, and how each parameter is divided among modules, or tasks."""
-    rules = []
-    for rule in adapted.rules:
-        mixture = rule.mixture
-        modules = mixture.modules(adapted.space)
-        bank = {
-            leaf: [spec.axis, [list(part) for part in spec.parts]]
-            for leaf, spec in mixture.module.leaves(modules).items()
-        }
-        if isinstance(mixture.router, Skills):
-            rows = mixture.router.rows(adapted.space)
-            bank[ROUTER_LEAF] = [-3, [[row, 1] for row in rows]]
-        rules.append(
-            {
-                "pattern": rule.pattern,
-                "name": mixture.name,
-                "module": _describe(mixture.module),
-                "router": _describe(mixture.router),
-                "composition": mixture.composes,
-                "bank": bank,
-            }
-        )
-    return {"rules": rules}
-
-
-def _describe(part: Any) -> dict[str, Any]:
-    # The form of the product is how it is computed, not what: a run may resume under another.
-    names = (f.name for f in dataclasses.fields(part) if f.name != "form")
-    fields = {name: getattr(part, name) for name in names}
-    plain = {k: [list(x) for x in v] if _pairs(v) else v for k, v in fields.items()}
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
-    return {"type": type(part).__name__, **plain}
-
-
-def _pairs(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(isinstance(x, tuple) for x in value)
 
 
 def table(adapters: Tree, adapted: Adapted, base: Tree) -> str:

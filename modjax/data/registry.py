@@ -25,6 +25,7 @@ Names = str | Sequence[str]
 class _Entry:
     metadata: dict[str, Value] | None
     metric_names: tuple[str, ...]
+    arguments: dict[str, Any]  # as `add_task` was given them, but for the source
 
 
 _ENTRIES: dict[str, _Entry] = {}
@@ -63,6 +64,15 @@ def add_task(
     Raises:
       ValueError: the name is taken or unfit, or the metadata is malformed.
     """
+    arguments = {
+        "preprocessors": preprocessors,
+        "output_features": output_features,
+        "metadata": metadata,
+        "metric_names": metric_names,
+        "postprocess_fn": postprocess_fn,
+        "empty_targets": empty_targets,
+        **kwargs,
+    }
     where = f"task {name!r}"
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         raise ValueError(f"{where} is already registered; a name stands for one task or mixture.")
@@ -74,6 +84,7 @@ def add_task(
     entry = _Entry(
         metadata=_checked_metadata(metadata, where),
         metric_names=as_values(metric_names, f"{where}, metric_names"),
+        arguments=arguments,
     )
     carry_key = carry.carry_key(name, allow_empty=empty_targets == "allow")
     if isinstance(source, ExamplesSource):
@@ -88,6 +99,11 @@ def add_task(
     )
     _ENTRIES[name] = entry
     return task
+
+
+def add_copy(task_name: str, name: str, source: seqio.DataSourceInterface) -> seqio.Task:
+    """Registers a task that is like another one but for its name and its source."""
+    return add_task(name, source, **_entry(task_name).arguments)
 
 
 def add_mixture(

@@ -21,7 +21,7 @@ for _task in ("copy", "turn"):
         registry.add_task(
             f"toy_{_task}_{_language}",
             sources.ExamplesSource(
-                {s: _rows(_task, _language, s) for s in ("train", "validation")}
+                {s: _rows(_task, _language, s) for s in ("train", "validation", "test")}
             ),
             [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
             {k: seqio.Feature(_VOCABULARY, add_eos=True) for k in ("inputs", "targets")},

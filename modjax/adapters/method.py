@@ -1,0 +1,88 @@
+"""A method as JSON-able data, kept with a checkpoint, and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from modjax.adapters.adapted import Adapted, Mixture, Rule
+from modjax.adapters.bottleneck import Bottleneck
+from modjax.adapters.low_rank import LowRank
+from modjax.adapters.routers import Features, Single
+from modjax.adapters.scale import Scale
+from modjax.adapters.skills import Skills, Stochastic, Uniform
+from modjax.adapters.trees import ROUTER_LEAF
+from modjax.errors import nearest
+
+# How a product is computed and how fast it is trained, not what it is: a run may go on with another.
+NOT_OF_THE_METHOD = ("form", "learning_rate")
+PARTS = {
+    part.__name__: part
+    for part in (LowRank, Bottleneck, Scale, Single, Features, Skills, Uniform, Stochastic)
+}
+
+
+def describe_method(adapted: Adapted) -> dict[str, Any]:
+    """The method as JSON-able data: the rules, and how each parameter is divided among modules, or tasks."""
+    rules = []
+    for rule in adapted.rules:
+        mixture = rule.mixture
+        modules = mixture.modules(adapted.space)
+        bank = {
+            leaf: [spec.axis, [list(part) for part in spec.parts]]
+            for leaf, spec in mixture.module.leaves(modules).items()
+        }
+        if isinstance(mixture.router, Skills):
+            rows = mixture.router.rows(adapted.space)
+            bank[ROUTER_LEAF] = [-3, [[row, 1] for row in rows]]
+        rules.append(
+            {
+                "pattern": rule.pattern,
+                "name": mixture.name,
+                "module": _describe(mixture.module),
+                "router": _describe(mixture.router),
+                "composition": mixture.composes,
+                "bank": bank,
+            }
+        )
+    return {"rules": rules}
+
+
+def _describe(part: Any) -> dict[str, Any]:
+    names = (f.name for f in dataclasses.fields(part) if f.name not in NOT_OF_THE_METHOD)
+    fields = {name: getattr(part, name) for name in names}
+    plain = {k: [list(x) for x in v] if _pairs(v) else v for k, v in fields.items()}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    return {"type": type(part).__name__, **plain}
+
+
+def _pairs(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(x, tuple) for x in value)
+
+
+def rules_of(method: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """The rules that `describe_method` described.
+
+    Raises:
+      ValueError: a part that is not one of modjax's.
+    """
+    return tuple(
+        Rule(
+            rule["pattern"],
+            Mixture(
+                rule["name"], _part(rule["module"]), _part(rule["router"]), rule["composition"]
+            ),
+        )
+        for rule in method["rules"]
+    )
+
+
+def _part(description: Mapping[str, Any]) -> Any:
+    fields = dict(description)
+    kind = fields.pop("type")
+    if kind not in PARTS:
+        raise ValueError(f"The checkpoint's method has a part {kind!r}." + nearest(kind, PARTS))
+    return PARTS[kind](**{name: _tuples(value) for name, value in fields.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,158 @@
+"""Few-shot adaptation: the protocol that turns some shots, steps and seeds into scores.
+
+A run of it trains on a few examples of a new task or language, starting from a multi-task checkpoint or from the base,
+keeps checkpoints on the way, selects one of them by the validation split, and scores that one on the test split, which
+the selection never saw.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from modjax import checkpoints, launch
+from modjax.errors import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a few-shot score is made.
+
+    Attributes:
+      shots: training examples of each dataset.
+      steps: training steps.
+      seeds: each draws its own shots, starts its own new parameters, and gives one score.
+      validate_every: steps between the checkpoints that are candidates; the start (step 0) is one, too.
+      validation_split, test_split: of the datasets.
+      validation_examples: the first so many are used for the selection, all if None.
+      metric: what is selected by, of those the datasets have; the mean over datasets where there are several.
+    """
+
+    shots: int = 32
+    steps: int = 1000
+    seeds: Sequence[int] = (0, 1, 2)
+    validate_every: int = 100
+    validation_split: str = "validation"
+    test_split: str = "test"
+    validation_examples: int | None = None
+    metric: str = "exact_match"
+
+    def __post_init__(self) -> None:
+        for name in ("shots", "steps", "validate_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"Protocol.{name} must be an integer of at least 1, got {value!r}."
+                )
+        if not self.seeds:
+            raise ValueError("Protocol.seeds is empty: give at least one seed.")
+        if self.validation_split == self.test_split:
+            raise ValueError(
+                f"Protocol: selection and test both use the split {self.test_split!r}; the test has to be new."
+            )
+
+    def candidates(self) -> list[int]:
+        """The steps among which validation selects."""
+        return sorted({0, *range(self.validate_every, self.steps, self.validate_every), self.steps})
+
+
+def adapt(
+    protocol: Protocol,
+    train: Callable[..., Any],
+    evaluate: Callable[..., list[dict[str, Any]]],
+    mixture_or_task_name: str,
+    model_dir: str,
+    method: str,
+    mixture_or_task_module: str | Sequence[str] | None = None,
+    operative_config: Callable[[], str] = str,
+) -> list[dict[str, Any]]:
+    """Adapts to the datasets of a mixture, together, with each seed of the protocol.
+
+    Args:
+      protocol: see there.
+      train: `train.train` with everything bound that is the same for all seeds.
+      evaluate: `eval.evaluate`, likewise.
+      mixture_or_task_name: the new datasets.
+      model_dir: gets a folder `seed_<n>` for each seed, with the run, its evaluations and `selection.json`; and
+        `results.json`, with rows of the methods `<method>_0shots` (the start) and `<method>_<n>shots`.
+      method: the name that results are reported under.
+      mixture_or_task_module: registers the datasets.
+      operative_config: gives the text that is kept with the checkpoints.
+
+    Returns:
+      The rows of results.json.
+
+    Raises:
+      ValueError: more shots than a dataset has examples, or a metric that the datasets do not have.
+    """
+    from modjax.data import registry, shots
+    from modjax.evaluation import report, results
+
+    launch.import_tasks(mixture_or_task_module)
+    checkpoints.check_writable(model_dir)
+    tasks = registry.tasks_of(mixture_or_task_name)
+    for task in tasks:
+        known = registry.metric_names_of(task)
+        if protocol.metric not in known:
+            raise ValueError(
+                f"Protocol.metric: task {task!r} has no metric {protocol.metric!r}."
+                + nearest(protocol.metric, known)
+            )
+    rows: list[dict[str, Any]] = []
+    for seed in protocol.seeds:
+        names = [shots.few_shot_task(task, protocol.shots, seed) for task in tasks]
+        mixture = names[0] if len(names) == 1 else _mixture(registry, mixture_or_task_name, names)
+        folder = pathlib.Path(model_dir) / f"seed_{seed}"
+        shared = {"mixture_or_task_name": mixture, "operative_config": operative_config}
+        train(
+            **shared,
+            model_dir=str(folder),
+            train_steps=protocol.steps,
+            random_seed=seed,
+            checkpoint_period=protocol.validate_every,
+            checkpoint_start=True,
+            keep_checkpoints=None,
+        )
+
+        shared |= {"seed": seed, "write_report": False}
+        curve = {}
+        for step in protocol.candidates():
+            found = evaluate(
+                **shared,
+                **_place(folder, step, protocol.validation_split),
+                method=method,
+                max_examples=protocol.validation_examples,
+            )
+            curve[step] = statistics.mean(
+                row["value"] for row in found if row["metric"] == protocol.metric
+            )
+        # The first of the best: the fewest steps.
+        chosen = max(curve, key=lambda step: (curve[step], -step))
+        selection = {"metric": protocol.metric, "validation": curve, "selected": chosen}
+        results.write_text(folder / "selection.json", json.dumps(selection, indent=1) + "\n")
+        for step, name in ((0, f"{method}_0shots"), (chosen, f"{method}_{protocol.shots}shots")):
+            rows += evaluate(**shared, **_place(folder, step, protocol.test_split), method=name)
+    results.write(os.path.join(model_dir, "results.json"), rows)
+    print(report.table(rows, [protocol.metric]))
+    return rows
+
+
+def _place(folder: pathlib.Path, step: int, split: str) -> dict[str, str]:
+    """Which checkpoint is scored on which split, and where that is written."""
+    return {
+        "checkpoint_path": str(checkpoints.locate(folder, step)),
+        "eval_output_dir": str(folder / "eval" / f"{split}_{step}"),
+        "split": split,
+    }
+
+
+def _mixture(registry: Any, name: str, tasks: Sequence[str]) -> str:
+    import seqio
+
+    own = f"{name}_{tasks[0].rpartition('_')[0].rpartition('_')[2]}_{tasks[0].rpartition('_')[2]}"
+    if own not in seqio.MixtureRegistry.names():
+        registry.add_mixture(own, tasks)
+    return own

@@ -1,0 +1,242 @@
+"""Few-shot adaptation from end to end: what starts from where, what moves, and what selection may see."""
+
+import json
+import pathlib
+import sys
+
+import gin
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from modjax import adapters, checkpoints, fewshot, launch
+from modjax.data import pipeline, shots
+from modjax.features import FeatureSpace
+
+TESTDATA = pathlib.Path(__file__).parent / "testdata"
+sys.path.insert(0, str(TESTDATA))
+SMALL = ("SKILLS = 2", "HEADS = 2", "adapters.LowRank.rank = 2", "WARMUP = 0")
+
+
+def configure(entry, files, bindings):
+    values = (
+        "MIXTURE_OR_TASK_MODULE = 'toy_tasks'",
+        "TASK_FEATURE_LENGTHS = {'inputs': 16, 'targets': 8}",
+        "BATCH_SIZE = 8",
+        "train.train.tensorboard = False",
+        "optimizers.schedule.decay = 'constant'",
+    )
+    launch.load_gin(launch.Flags(tuple(map(str, files)), (*values, *bindings), ()), entry)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.5), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """(folder of a random base, MODEL_DIR of Poly-S trained on three of the four toy datasets)."""
+    import train
+
+    folder = tmp_path_factory.mktemp("many")
+    configure(
+        "train",
+        (TESTDATA / "tiny.gin", "methods/full.gin", "runs/pretrain.gin"),
+        (
+            "MIXTURE_OR_TASK_NAME = 'toy'",
+            "TRAIN_STEPS = 1",
+            f"MODEL_DIR = '{folder / 'pretraining'}'",
+            f"EXPORT_DIR = '{folder / 'base'}'",
+            "WARMUP = 1",
+        ),
+    )
+    gin.get_configurable(train.train)(operative_config=str)
+    configure(
+        "train",
+        ("bases/folder.gin", "methods/poly_s.gin", "runs/finetune.gin"),
+        (
+            "MIXTURE_OR_TASK_NAME = 'toy_without_turn_sw'",
+            "TRAIN_STEPS = 3",
+            f"MODEL_DIR = '{folder / 'run'}'",
+            f"BASE = '{folder / 'base'}'",
+            *SMALL,
+        ),
+    )
+    gin.get_configurable(train.train)(operative_config=str)
+    return folder / "base", folder / "run"
+
+
+def few_shot(many, tmp_path, method, *bindings):
+    base, run = many
+    files = ("bases/folder.gin", f"methods/{method}.gin", "runs/fewshot.gin")
+    values = (
+        "MIXTURE_OR_TASK_NAME = 'toy_turn_sw'",
+        f"BASE = '{base}'",
+        f"MODEL_DIR = '{tmp_path}'",
+        f"INITIAL_CHECKPOINT_PATH = '{run}'",
+        "TRAIN_STEPS = 2",
+        "fewshot.Protocol.shots = 8",
+        "fewshot.Protocol.validate_every = 1",
+        "fewshot.Protocol.validation_examples = 8",
+        "fewshot.Protocol.seeds = (5,)",
+        "WARMUP = 0",
+    )
+    configure("train", files, (*values, *bindings))
+    rows = gin.get_configurable(fewshot.adapt)(operative_config=str)
+    return rows, [trained(tmp_path / "seed_5", step) for step in (0, 2)]
+
+
+def trained(folder, step=None):
+    tree, _, _ = checkpoints.load_trained(checkpoints.locate(folder, step))
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def test_z_moves_the_new_tasks_logits_alone_and_reports_the_start_and_the_selected_step(
+    many, tmp_path
+):
+    rows, (start, end) = few_shot(many, tmp_path, "poly_z", *SMALL)
+    before = trained(many[1])
+    for path, value in end.items():
+        if path.endswith("logits"):
+            assert value.shape[0] == 4 and before[path].shape[0] == 3
+            np.testing.assert_array_equal(value[:3], before[path])
+            assert (value[3] != start[path][3]).any()
+        else:
+            np.testing.assert_array_equal(value, before[path])
+    selection = json.loads((tmp_path / "seed_5" / "selection.json").read_text())
+    assert list(selection["validation"]) == ["0", "1", "2"]
+    best = max(selection["validation"].values())
+    assert selection["validation"][str(selection["selected"])] == best
+    assert {row["method"] for row in rows} == {"poly_z_0shots", "poly_z_8shots"}
+    assert {(row["n"], row["seed"]) for row in rows} == {(64, 5)}
+    written = {path.name for path in (tmp_path / "seed_5" / "eval").iterdir()}
+    # The test split was read for the start and for what validation had selected, and for nothing else.
+    assert {name for name in written if name.startswith("test")} == {
+        "test_0",
+        f"test_{selection['selected']}",
+    }
+    run = json.loads((tmp_path / "seed_5" / "eval" / "test_0" / "run.json").read_text())
+    assert run["split"] == "test" and run["step"] == 0
+
+
+def test_poly_s_starts_from_the_skills_with_fresh_logits_and_trains_all(many, tmp_path):
+    _, (start, end) = few_shot(many, tmp_path, "poly_s", *SMALL)
+    before = trained(many[1])
+    for path, value in start.items():
+        if path.endswith("logits"):
+            assert np.abs(value[3]).max() <= 1e-3
+        else:
+            np.testing.assert_array_equal(value, before[path])
+            assert (end[path] != value).any()
+
+
+def test_mu_starts_as_one_lora_the_uniform_average_of_the_skills(many, tmp_path):
+    _, (start, end) = few_shot(
+        many, tmp_path, "lora", "adapters.LowRank.rank = 2", "initialize.Start.collapse = True"
+    )
+    for path, value in trained(many[1]).items():
+        if path.endswith("poly/a"):
+            np.testing.assert_allclose(
+                start[path.replace("poly", "lora")], value.reshape(-1, 2, 2).mean(1), atol=1e-6
+            )
+        elif path.endswith("poly/b"):
+            expected = value.reshape(2, 2, -1).mean(0) / 2  # alpha 1, rank 2
+            np.testing.assert_allclose(start[path.replace("poly", "lora")], expected, atol=1e-6)
+    assert any((end[path] != start[path]).any() for path in start)
+
+
+def test_another_method_or_rank_is_refused(many, tmp_path):
+    with pytest.raises(checkpoints.CheckpointError, match="method"):
+        few_shot(many, tmp_path / "flix", "flix")
+    with pytest.raises(ValueError, match="give its method the rank"):
+        few_shot(many, tmp_path / "mu", "lora", "initialize.Start.collapse = True")
+    assert not (tmp_path / "mu" / "results.json").exists()
+
+
+def test_a_baseline_starts_from_the_base(many, tmp_path):
+    rows, (start, end) = few_shot(
+        many, tmp_path, "lora", "INITIAL_CHECKPOINT_PATH = None", "adapters.LowRank.rank = 2"
+    )
+    assert not any(value.any() for path, value in start.items() if path.endswith("/b"))
+    assert {row["method"] for row in rows} == {"lora_0shots", "lora_8shots"}
+
+
+@pytest.fixture
+def grown():
+    """Adapters of a FLix with one more language, the old ones carried over, and both methods."""
+    import flax.linen as nn
+
+    old_space = FeatureSpace((("task", ("copy",)), ("language", ("en", "sw"))))
+    new_space = old_space.extend({"language": ["yo"]})
+    rule = adapters.Rule(".*", adapters.Mixture("flix", adapters.LowRank(2), adapters.Features()))
+    trees, methods = [], []
+    for space in (old_space, new_space):
+        adapted = adapters.Adapted(nn.Dense(5, name="dense"), (rule,), space)
+        mix = adapters.Mix(features=np.ones((1, 1, 2), np.int32))
+        params = adapted.init(jax.random.key(len(trees)), np.ones((1, 3, 4)), mix=mix)["params"]
+        tree, _ = adapters.split(params, adapted)
+        noise = lambda x: x + np.random.default_rng(x.size).normal(size=x.shape)  # noqa: E731
+        trees.append(tree if trees else jax.tree.map(noise, tree))
+        methods.append(adapters.describe_method(adapted))
+    return adapters.extend(trees[0], methods[0], trees[1], methods[1]), *methods
+
+
+def test_a_new_value_starts_at_nothing_or_as_the_mean_of_a_named_set(grown):
+    tree, old, new = grown
+    assert not tree["flix"]["b"][6:].any()  # columns 0-1 task, 2-3 en, 4-5 sw, 6-7 yo
+    filled = adapters.fill(tree, old, new, {"language": ["en", "sw"]})["flix"]
+    np.testing.assert_allclose(
+        filled["a"][:, 6:], (tree["flix"]["a"][:, 2:4] + tree["flix"]["a"][:, 4:6]) / 2
+    )
+    np.testing.assert_allclose(
+        filled["b"][6:], (tree["flix"]["b"][2:4] + tree["flix"]["b"][4:6]) / 2
+    )
+    np.testing.assert_array_equal(filled["b"][:6], tree["flix"]["b"][:6])
+    with pytest.raises(ValueError, match="no 'language=swa' .* Did you mean 'language=sw'"):
+        adapters.fill(tree, old, new, {"language": ["swa"]})
+    with pytest.raises(ValueError, match="no new value of 'task'"):
+        adapters.fill(tree, old, new, {"task": ["copy"]})
+
+
+def test_freezing_what_is_known_leaves_only_the_new_values_columns(grown):
+    tree, old, new = grown
+    rates = adapters.known_rates(tree, old, new)
+    assert rates["flix/a"].ravel().tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert rates["flix/b"].shape == (8, 1)
+
+
+def test_shots_are_drawn_by_the_seed_and_other_splits_are_whole():
+    import toy_tasks  # noqa: F401
+
+    def targets(task, split):
+        batches = pipeline.eval_batches(
+            task, split, None, task_feature_lengths={"inputs": 16, "targets": 8}, batch_size=64
+        )
+        return [example["inputs_pretokenized"] for _, some in batches for example in some]
+
+    first, other = (shots.few_shot_task("toy_turn_en", 6, seed) for seed in (1, 2))
+    assert shots.few_shot_task("toy_turn_en", 6, 1) == first == "toy_turn_en_6shots_1"
+    mine, whole = targets(first, "train"), targets("toy_turn_en", "train")
+    assert len(mine) == 6 and set(mine) <= set(whole) and mine != targets(other, "train")
+    assert targets(first, "validation") == targets("toy_turn_en", "validation")
+
+
+def test_impossible_protocols_are_refused(many, tmp_path):
+    with pytest.raises(ValueError, match="has 64 examples in its split 'train', and 65 shots"):
+        few_shot(many, tmp_path, "poly_z", *SMALL, "fewshot.Protocol.shots = 65")
+    with pytest.raises(ValueError, match="no metric 'exact'.* Did you mean 'exact_match'"):
+        few_shot(many, tmp_path, "poly_z", *SMALL, "fewshot.Protocol.metric = 'exact'")
+    with pytest.raises(ValueError, match="Protocol.shots must be an integer of at least 1, got 0"):
+        fewshot.Protocol(shots=0)
+    with pytest.raises(ValueError, match="both use the split 'test'"):
+        fewshot.Protocol(validation_split="test")
+    with pytest.raises(ValueError, match="is empty"):
+        fewshot.Protocol(seeds=())
