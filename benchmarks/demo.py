@@ -17,6 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 MIXTURE = "babel_eval"
+# Each method's best of a sweep, see benchmarks/babel/README.md; other methods take demo.gin's.
+LEARNING_RATES = {"lora": 0.015, "flix": 0.01}
 LENGTHS = {"inputs": 80, "targets": 80}
 
 
@@ -39,6 +41,8 @@ def run(
     files = ("bases/folder.gin", f"methods/{method}.gin", "methods/every_linear_layer.gin")
     model_dir = folder / f"{method}_{seed}"
     mine = (f"MODEL_DIR = {str(model_dir)!r}", f"RANDOM_SEED = {seed}", f"BASE = {base!r}")
+    if method in LEARNING_RATES:
+        mine += (f"LEARNING_RATE = {LEARNING_RATES[method]}",)
     launch.load_gin(launch.Flags((*files, "demo.gin"), (*mine, *bindings), ()), "train")
     gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
 

@@ -130,3 +130,9 @@ def test_a_dataset_without_logits_of_its_own_is_refused_in_training():
         initialize.check_routed(model, {"parse_yo": {"task": "parse", "language": "yo"}})
     with pytest.raises(ValueError, match="'parse' has no logits, for its language is None"):
         initialize.check_routed(model, {"parse": {"task": "parse", "language": None}})
+
+
+def test_a_router_and_a_module_mix_anew_on_the_command_line():
+    model, _, layout = configured("houlsby", "ROUTER = @adapters.Features()")
+    sizes = {k: v.shape for k, v in traverse_util.flatten_dict(layout.trained, sep="/").items()}
+    assert sizes["encoder/layers_0/mlp/wo/adapter/down"] == (16, 4 * 48)  # 2 tasks and 2 languages
