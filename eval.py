@@ -139,12 +139,9 @@ def evaluate(
     if not first:
         return found.rows
 
-    # Files last, each whole or not at all.
+    # Files last, each whole or not at all, and the results last of all.
     folder = pathlib.Path(eval_output_dir)
-    (folder / "predictions").mkdir(parents=True, exist_ok=True)
-    for dataset, predictions in found.predictions.items():
-        lines = (json.dumps(p, ensure_ascii=False) for p in predictions)
-        results.write_text(folder / "predictions" / f"{dataset}.jsonl", "\n".join(lines) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
     trimmed = {name: count for name, count in found.trimmed.items() if count}
     run = {
         "checkpoint": checkpoint_path and str(checkpoints.locate(checkpoint_path)),
@@ -162,7 +159,7 @@ def evaluate(
     }
     results.write_text(folder / RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
     results.write_text(folder / "config.gin", config)
-    results.write(folder / "results.json", found.rows)
+    runner.write(folder, found)
     if trimmed:
         print(f"cut to the length limit: {trimmed}; raise TASK_FEATURE_LENGTHS to keep them whole")
     if write_report:

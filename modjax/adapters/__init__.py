@@ -1,9 +1,6 @@
 """Adapters: routers x modules, attached from outside. Start reading at `adapted.py`."""
 
 from modjax.adapters.adapted import Adapted as Adapted
-from modjax.adapters.adapted import Mixture as Mixture
-from modjax.adapters.adapted import Rule as Rule
-from modjax.adapters.adapted import RuleError as RuleError
 from modjax.adapters.bottleneck import Bottleneck as Bottleneck
 from modjax.adapters.compose import compose as compose
 from modjax.adapters.compose import merge as merge
@@ -16,6 +13,9 @@ from modjax.adapters.method import rules_of as rules_of
 from modjax.adapters.routers import Features as Features
 from modjax.adapters.routers import Single as Single
 from modjax.adapters.routing import Mix as Mix
+from modjax.adapters.rules import Mixture as Mixture
+from modjax.adapters.rules import Rule as Rule
+from modjax.adapters.rules import RuleError as RuleError
 from modjax.adapters.scale import Scale as Scale
 from modjax.adapters.skills import Skills as Skills
 from modjax.adapters.skills import Stochastic as Stochastic

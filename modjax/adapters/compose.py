@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from modjax.adapters.adapted import Adapted, Mixture, Rule
+from modjax.adapters.adapted import Adapted
 from modjax.adapters.low_rank import LowRank
 from modjax.adapters.routing import ModuleName
+from modjax.adapters.rules import Mixture, Rule
 from modjax.adapters.scale import Scale
 from modjax.adapters.trees import Tree, banks, from_places, place_of, routers, within
 

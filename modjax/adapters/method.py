@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from modjax.adapters.adapted import Adapted, Mixture, Rule
+from modjax.adapters.adapted import Adapted
 from modjax.adapters.bottleneck import Bottleneck
 from modjax.adapters.low_rank import LowRank
 from modjax.adapters.routers import Features, Single
+from modjax.adapters.rules import Mixture, Rule
 from modjax.adapters.scale import Scale
 from modjax.adapters.skills import Skills, Stochastic, Uniform
 from modjax.adapters.trees import ROUTER_LEAF

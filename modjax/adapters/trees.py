@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from modjax.adapters.adapted import LEVELS, Adapted
+from modjax.adapters.adapted import Adapted
 from modjax.adapters.banks import Leaf
+from modjax.adapters.interceptor import LEVELS
 from modjax.errors import nearest
 
 Tree = Mapping[str, Any]
