@@ -207,7 +207,7 @@ def test_ia3_has_pefts_logits_and_gradients(hf_t5, variant):
 def test_skills_routed_in_evaluation_have_pefts_logits_and_gradients(hf_t5, heads):
     """Polytropon and MHR on a batch that mixes tasks; peft's scale is 1 / r, so alpha is 1.
 
-    The variant with smooth activations: where a relu's input is zero up to rounding, gradients are those of either side.
+    The variant with smooth activations: where a relu's input is zero up to rounding, either side's gradient is right.
     """
     hf_model, folder = hf_t5("mt5")
     overrides, base = hub.load_base(folder)
