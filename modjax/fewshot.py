@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from modjax import checkpoints, launch
 from modjax.errors import nearest
 
@@ -83,7 +85,7 @@ def adapt(
       operative_config: gives the text that is kept with the checkpoints.
 
     Returns:
-      The rows of results.json.
+      The rows of results.json; those of the seeds that are done, if it was asked to stop. The same call goes on.
 
     Raises:
       ValueError: more shots than a dataset has examples, or a metric that the datasets do not have.
@@ -107,7 +109,7 @@ def adapt(
         mixture = names[0] if len(names) == 1 else _mixture(registry, mixture_or_task_name, names)
         folder = pathlib.Path(model_dir) / f"seed_{seed}"
         shared = {"mixture_or_task_name": mixture, "operative_config": operative_config}
-        train(
+        state = train(
             **shared,
             model_dir=str(folder),
             train_steps=protocol.steps,
@@ -117,6 +119,8 @@ def adapt(
             keep_checkpoints=None,
         )
 
+        if int(jax.device_get(state.step)) < protocol.steps:
+            return rows  # asked to stop; the run has said how to go on
         shared |= {"seed": seed, "write_report": False}
         curve = {}
         for step in protocol.candidates():
@@ -132,11 +136,13 @@ def adapt(
         # The first of the best: the fewest steps.
         chosen = max(curve, key=lambda step: (curve[step], -step))
         selection = {"metric": protocol.metric, "validation": curve, "selected": chosen}
-        results.write_text(folder / "selection.json", json.dumps(selection, indent=1) + "\n")
+        if jax.process_index() == 0:
+            results.write_text(folder / "selection.json", json.dumps(selection, indent=1) + "\n")
         for step, name in ((0, f"{method}_0shots"), (chosen, f"{method}_{protocol.shots}shots")):
             rows += evaluate(**shared, **_place(folder, step, protocol.test_split), method=name)
-    results.write(os.path.join(model_dir, "results.json"), rows)
-    print(report.table(rows, [protocol.metric]))
+    if jax.process_index() == 0:
+        results.write(os.path.join(model_dir, "results.json"), rows)
+        print(report.table(rows, [protocol.metric]))
     return rows
 
 

@@ -127,6 +127,16 @@ def test_z_moves_the_new_tasks_logits_alone_and_reports_the_start_and_the_select
     assert run["split"] == "test" and run["step"] == 0
 
 
+def test_a_second_call_repeats_no_training_and_gives_the_same_rows(many, tmp_path):
+    first, (_, end) = few_shot(many, tmp_path, "poly_z", *SMALL)
+    assert list(tmp_path.rglob("checkpoint_*"))
+    written = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("checkpoint_*"))]
+    again, (_, after) = few_shot(many, tmp_path, "poly_z", *SMALL)
+    assert again == first
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("checkpoint_*"))] == written
+    jax.tree.map(np.testing.assert_array_equal, end, after)
+
+
 def test_poly_s_starts_from_the_skills_with_fresh_logits_and_trains_all(many, tmp_path):
     _, (start, end) = few_shot(many, tmp_path, "poly_s", *SMALL)
     before = trained(many[1])
