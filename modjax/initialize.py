@@ -123,14 +123,13 @@ def check_routed(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
     """
     for rule in model.adapted.rules if model.adapted else ():
         router = rule.mixture.router
-        if not isinstance(router, adapters.Skills):
-            continue
         rows = router.rows(model.adapted.space)
-        for name, features in datasets.items():
-            row = name if router.by == "dataset" else features.get(router.by)
+        for name, features in datasets.items() if rows else ():
+            (by,) = router.routes_by
+            row = name if by == "dataset" else features.get(by)
             if row not in rows:
                 raise ValueError(
-                    f"Router Skills of {rule.mixture.name!r}: dataset {name!r} has no logits, for its {router.by} is "
+                    f"The router of {rule.mixture.name!r}: dataset {name!r} has no logits, for its {by} is "
                     f"{row!r}; training would leave it to the uniform average."
                     + nearest(str(row), rows)
                 )

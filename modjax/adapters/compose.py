@@ -13,10 +13,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from modjax.adapters.adapted import Adapted
 from modjax.adapters.low_rank import LowRank
-from modjax.adapters.routing import ModuleName
+from modjax.adapters.routing import DATASET, ModuleName
 from modjax.adapters.rules import Mixture, Rule
 from modjax.adapters.scale import Scale
 from modjax.adapters.trees import Tree, banks, from_places, place_of, routers, within
+from modjax.errors import nearest
 
 
 def compose(
@@ -38,12 +39,19 @@ def compose(
     Raises:
       ValueError: an unknown feature or value, or features that leave no module active.
     """
+    known = {k: v for k, v in features.items() if v is not None}
+    if adapted.space is not None:
+        for feature in known:
+            if feature not in (*adapted.space.names, DATASET):
+                raise ValueError(
+                    f"Unknown feature {feature!r}."
+                    + nearest(feature, (*adapted.space.names, DATASET))
+                )
     logits = routers(adapters, adapted)
     composed: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
     for (path, mixture_name), bank in banks(adapters, adapted).items():
         mixture = adapted.rule_for(path, mixture_name).mixture
         place = place_of(path, mixture.router.granularity)
-        known = {k: v for k, v in features.items() if v is not None}
         weights = mixture.router.active(adapted.space, known, logits.get((place, mixture_name)))
         weights = _per_layer(np.atleast_2d(weights), bank, mixture, adapted)
         if weights.any():

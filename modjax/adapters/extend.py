@@ -1,5 +1,6 @@
 """How a bank grows: modules (and tasks' logits) keep their parameters by name when there are more of them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,23 +40,21 @@ def extend(
             "The checkpoint's adapters are not at the same layers as this run's. Only in the run: "
             f"{missing[:5]}; only in the checkpoint: {extra[:5]}."
         )
-    old_rules, new_rules = _rules(old_method), _rules(new_method)
-    if len(old_rules) != len(new_rules):
+    numbers = [len(method["rules"]) for method in (old_method, new_method)]
+    if numbers[0] != numbers[1]:
         raise ValueError(
-            f"The checkpoint has {len(old_rules)} adapter rules, and this run {len(new_rules)}."
+            f"The checkpoint has {numbers[0]} adapter rules, and this run {numbers[1]}."
         )
     out = {}
     for path, fresh in new_flat.items():
-        name, leaf = path.split("/")[-2:]
-        candidates = [
-            (o[leaf], n[leaf])
-            for (o_name, o), (n_name, n) in zip(old_rules, new_rules, strict=True)
-            if o_name == n_name == name and leaf in o and leaf in n
-            if _fits(n[leaf], fresh) and _fits(o[leaf], old_flat[path])
-        ]
-        if not candidates:
+        before = _division(path, old_flat[path], old_method)
+        after = _division(path, fresh, new_method)
+        if after is None and before is None and old_flat[path].shape == fresh.shape:
+            out[path] = old_flat[path]  # no adapter's: a head, or a part of the base that trains
+            continue
+        if after is None or before is None:
             raise ValueError(f"{path!r}: no rule of the checkpoint and of this run fits its shape.")
-        (axis, old_parts), (_, new_parts) = candidates[0]
+        (axis, old_parts), (_, new_parts) = before, after
         if axis is None:
             if old_flat[path].shape != fresh.shape:
                 raise ValueError(
@@ -144,15 +143,25 @@ def known_rates(
 
 def _division(path: str, leaf: Any, method: Mapping[str, Any]) -> Sequence[Any] | None:
     """[axis, parts] of a leaf, or None for a parameter that is no adapter's."""
-    *_, name, last = ("", *path.split("/"))
-    found = [bank[last] for rule, bank in _rules(method) if rule == name and last in bank]
+    found = _divisions(path, method)
     return next((division for division in found if _fits(division, leaf)), None)
 
 
 def _known(path: str, method: Mapping[str, Any]) -> set[str]:
-    *_, name, last = ("", *path.split("/"))
-    banks = [bank[last] for rule, bank in _rules(method) if rule == name and last in bank]
-    return {module for _, parts in banks for module, _ in parts}
+    return {module for _, parts in _divisions(path, method) for module, _ in parts}
+
+
+def _divisions(path: str, method: Mapping[str, Any]) -> list[Sequence[Any]]:
+    """[axis, parts] of a leaf by each rule that may have put it there."""
+    *layer, name, last = ("", "", *path.split("/"))
+    at = "/".join(part for part in layer if part)
+    return [
+        rule["bank"][last]
+        for rule in method["rules"]
+        if rule["name"] == name and last in rule["bank"]
+        # Logits may live above the layers that the pattern names.
+        if last == ROUTER_LEAF or re.fullmatch(rule["pattern"], at)
+    ]
 
 
 def _name(path: str, group: str, value: str) -> str:
@@ -167,10 +176,6 @@ def _is_of(path: str, group: str, module: str) -> bool:
 def _ranges(parts: Sequence[Sequence[Any]]) -> dict[str, range]:
     stops = np.cumsum([size for _, size in parts])
     return {m: range(int(s) - size, int(s)) for (m, size), s in zip(parts, stops, strict=True)}
-
-
-def _rules(method: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(rule["name"], rule["bank"]) for rule in method["rules"]]
 
 
 def _fits(division: Sequence[Any], leaf: Any) -> bool:

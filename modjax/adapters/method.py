@@ -5,21 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from modjax.adapters.adapted import Adapted
-from modjax.adapters.bottleneck import Bottleneck
-from modjax.adapters.low_rank import LowRank
-from modjax.adapters.routers import Features, Single
 from modjax.adapters.rules import Mixture, Rule
-from modjax.adapters.scale import Scale
-from modjax.adapters.skills import Skills, Stochastic, Uniform
 from modjax.adapters.trees import ROUTER_LEAF
 from modjax.errors import nearest
 
 # How a product is computed and how fast it is trained, not what it is: a run may go on with another.
 NOT_OF_THE_METHOD = ("form", "learning_rate")
-PARTS = {
-    part.__name__: part
-    for part in (LowRank, Bottleneck, Scale, Single, Features, Skills, Uniform, Stochastic)
-}
 
 
 def describe_method(adapted: Adapted) -> dict[str, Any]:
@@ -32,8 +23,7 @@ def describe_method(adapted: Adapted) -> dict[str, Any]:
             leaf: [spec.axis, [list(part) for part in spec.parts]]
             for leaf, spec in mixture.module.leaves(modules).items()
         }
-        if isinstance(mixture.router, Skills):
-            rows = mixture.router.rows(adapted.space)
+        if rows := mixture.router.rows(adapted.space):
             bank[ROUTER_LEAF] = [-3, [[row, 1] for row in rows]]
         rules.append(
             {
@@ -78,11 +68,16 @@ def rules_of(method: Mapping[str, Any]) -> tuple[Rule, ...]:
 
 
 def _part(description: Mapping[str, Any]) -> Any:
+    # Every module and router stands in modjax.adapters.
+    import modjax.adapters as parts
+
     fields = dict(description)
     kind = fields.pop("type")
-    if kind not in PARTS:
-        raise ValueError(f"The checkpoint's method has a part {kind!r}." + nearest(kind, PARTS))
-    return PARTS[kind](**{name: _tuples(value) for name, value in fields.items()})
+    if not hasattr(parts, kind):
+        raise ValueError(
+            f"The checkpoint's method has a part {kind!r}." + nearest(kind, vars(parts))
+        )
+    return getattr(parts, kind)(**{name: _tuples(value) for name, value in fields.items()})
 
 
 def _tuples(value: Any) -> Any:

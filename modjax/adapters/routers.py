@@ -26,6 +26,12 @@ class Single:
     composition: ClassVar[str] = "sum"
     granularity: ClassVar[str] = "model"
     lazy: ClassVar[bool] = False
+    routes_by: ClassVar[tuple[str, ...]] = ()
+
+    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
+        """No logits."""
+        del space
+        return ()
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules, in order."""
@@ -74,6 +80,11 @@ class Features:
     granularity: ClassVar[str] = "model"
     lazy: ClassVar[bool] = False
 
+    @property
+    def routes_by(self) -> tuple[str, ...] | None:
+        """The features that own modules; None = all of the space."""
+        return self.features
+
     def __post_init__(self) -> None:
         if self.features is not None:
             object.__setattr__(self, "features", tuple(self.features))
@@ -109,6 +120,11 @@ class Features:
 
     def _values(self, space: FeatureSpace, name: str) -> tuple[str, ...]:
         return space.datasets if name == DATASET else space.values(name)
+
+    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
+        """No logits."""
+        del space
+        return ()
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules, in order: feature by feature, value by value, then the shared one."""

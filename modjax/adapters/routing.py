@@ -106,6 +106,7 @@ class Router(Protocol):
       granularity: which layers share a routing: "layer", "sublayer", "block", "stack" or "model"; a router without
         parameters or draws of its own in a layer says "model".
       lazy: whether a module without a gradient in a step keeps its value and its optimizer state.
+      routes_by: the features (or "dataset") that it looks up; None for all of the feature space.
     """
 
     @property
@@ -116,6 +117,13 @@ class Router(Protocol):
 
     @property
     def lazy(self) -> bool: ...
+
+    @property
+    def routes_by(self) -> tuple[str, ...] | None: ...
+
+    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
+        """Whose rows its parameter `logits [T, H, M]` has, T names; none if it has no parameter."""
+        ...
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules, in order."""

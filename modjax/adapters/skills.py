@@ -65,6 +65,11 @@ class Skills:
     composition: ClassVar[str] = "average"
     lazy: ClassVar[bool] = False
 
+    @property
+    def routes_by(self) -> tuple[str, ...]:
+        """The one name that it looks up."""
+        return (self.by,)
+
     def __post_init__(self) -> None:
         _check_count(self)
         if not isinstance(self.heads, int) or self.heads < 1:
@@ -169,9 +174,14 @@ class Skills:
 
 
 def normalised(m: Array, straight_through: bool = False) -> Array:
-    """`m / (sum of m over the modules + 1e-12)`, `m [..., M]` rounded first where asked for."""
+    """`m / (sum of m over the modules + 1e-12)`, `m [..., M]` rounded first where asked for.
+
+    Where all of a head's m round to 0, they are left as they are: 0 / 1e-12 would have no useful gradient [ours].
+    """
     if straight_through:
-        m = m + jax.lax.stop_gradient(jnp.round(m) - m)
+        hard = jnp.round(m)
+        hard = jnp.where(jnp.any(hard > 0, axis=-1, keepdims=True), hard, m)
+        m = m + jax.lax.stop_gradient(hard - m)
     return m / (jnp.sum(m, axis=-1, keepdims=True) + EPSILON)
 
 
@@ -184,9 +194,15 @@ class Uniform:
     composition: ClassVar[str] = "average"
     granularity: ClassVar[str] = "model"
     lazy: ClassVar[bool] = False
+    routes_by: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         _check_count(self)
+
+    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
+        """No logits."""
+        del space
+        return ()
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules."""
@@ -229,9 +245,15 @@ class Stochastic:
     composition: ClassVar[str] = "average"
     granularity: ClassVar[str] = "layer"
     lazy: ClassVar[bool] = True
+    routes_by: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         _check_count(self)
+
+    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
+        """No logits."""
+        del space
+        return ()
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules."""
