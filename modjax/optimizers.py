@@ -17,11 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import traverse_util
 
-from modjax import errors
+from modjax import errors, resting
 
 Params = Mapping[str, Any]
 Schedule = Callable[[jax.Array], jax.Array]
@@ -240,21 +239,29 @@ class Optimizer:
     clip_norm: float | None = None
     groups: Sequence[Group] = ()
 
-    def build(self, trained: Params) -> optax.GradientTransformation:
+    def build(
+        self, trained: Params, lazy: Mapping[str, Any] | None = None
+    ) -> optax.GradientTransformation:
         """The optax transformation for a trained tree, as `select` gives it (only its paths are
         looked at).
+
+        Args:
+          trained: the tree.
+          lazy: parameters whose modules rest in a step without a gradient, see `modjax.resting`.
         """
+        lazy = lazy or {}
         paths = list(traverse_util.flatten_dict(dict(trained), sep="/"))
         if len(self.groups) < 2:
             group = self.groups[0] if self.groups else Group(".*")
-            update = self._chain(group)
+            update = self._chain(group, lazy)
         else:
             owners = {path: self._owner(path) for path in paths}
             used = sorted(set(owners.values()))
             update = optax.multi_transform(
-                {str(index): self._chain(self.groups[index]) for index in used},
+                {str(index): self._chain(self.groups[index], lazy) for index in used},
                 traverse_util.unflatten_dict({p: str(i) for p, i in owners.items()}, sep="/"),
             )
+        update = resting.still(update, lazy)
         if self.clip_norm is None:
             return update
         if self.clip_norm <= 0:
@@ -288,9 +295,9 @@ class Optimizer:
 
         return rate
 
-    def _chain(self, group: Group) -> optax.GradientTransformation:
+    def _chain(self, group: Group, lazy: Mapping[str, Any]) -> optax.GradientTransformation:
         decay = self.weight_decay if group.weight_decay is None else group.weight_decay
-        steps = [self.algorithm]
+        steps = [resting.per_module(self.algorithm, lazy)]
         if decay:
             steps.append(optax.add_decayed_weights(decay, mask=self._decays))
         steps.append(optax.scale_by_learning_rate(self._rate(group)))
@@ -301,57 +308,3 @@ class Optimizer:
             return re.search(self.no_decay, "/".join(str(key.key) for key in path)) is None
 
         return jax.tree_util.tree_map_with_path(decays, tree)
-
-
-def resting(
-    transform: optax.GradientTransformation, parts: Mapping[str, Any]
-) -> optax.GradientTransformation:
-    """A transformation under which a module without a gradient in a step does not move in it.
-
-    Its parameters keep their values, without decay or momentum, and the parts of the optimizer's state that are shaped
-    like a parameter keep theirs; what the state holds for all of a parameter (a count of steps, Adafactor's factored
-    moments) goes on. Without this, AdaMix would move the modules that it did not draw (arXiv 2205.12410).
-
-    Args:
-      transform: of the trained parameters.
-      parts: {path: which module owns what of it, a `adapters.banks.Leaf`}; others are treated as ever.
-    """
-    if not parts:
-        return transform
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        flat = traverse_util.flatten_dict(dict(grads), sep="/")
-        used = {path: _used(flat[path], leaf) for path, leaf in parts.items() if path in flat}
-        updates, after = transform.update(grads, state, params)
-
-        def keep(path: tuple[Any, ...], new: Any, old: Any) -> Any:
-            owner = _mirrored(path, new, used, flat)
-            return new if owner is None else jnp.where(used[owner], new, old)
-
-        after = jax.tree_util.tree_map_with_path(keep, after, state)
-        moved = traverse_util.flatten_dict(dict(updates), sep="/")
-        moved |= {path: jnp.where(mask, moved[path], 0) for path, mask in used.items()}
-        return traverse_util.unflatten_dict(moved, sep="/"), after
-
-    return optax.GradientTransformation(transform.init, update)
-
-
-def _used(gradient: jax.Array, leaf: Any) -> jax.Array:
-    """True where a module has a gradient, broadcastable over the parameter; leading axes are layers of their own."""
-    lead = gradient.ndim - len(leaf.axes)
-    others = tuple(i for i in range(lead, gradient.ndim) if i != gradient.ndim + leaf.axis)
-    columns = jnp.any(gradient != 0, axis=others, keepdims=True)
-    owner = np.repeat(np.arange(len(leaf.parts)), [size for _, size in leaf.parts])
-    same = jnp.asarray(owner[:, None] == owner[None, :])
-    columns = jnp.moveaxis(columns, leaf.axis, -1)
-    return jnp.moveaxis(jnp.any(columns[..., None] & same, axis=-2), -1, leaf.axis)
-
-
-def _mirrored(path: tuple[Any, ...], leaf: Any, used: Mapping[str, Any], grads: Any) -> str | None:
-    """The parameter that a leaf of an optimizer's state mirrors, by path and shape, if it may rest."""
-    keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    for start in range(len(keys)):
-        name = "/".join(keys[start:])
-        if name in used and getattr(leaf, "shape", None) == grads[name].shape:
-            return name
-    return None

@@ -145,7 +145,7 @@ class Trainer:
       microbatches: parts that a batch is computed in, to save memory.
       rates: nested dict of factors on the updates of some trained parameters, broadcast to their
         shapes; where a factor is 0, the parameter is frozen.
-      lazy: see `optimizers.resting`.
+      lazy: parameters whose modules rest in a step that does not use them, see `modjax.resting`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Trainer:
     ):
         self.mesh = mesh
         self.microbatches = microbatches
-        self.transform = optimizers.resting(optimizer.build(trained), lazy or {})
+        self.transform = optimizer.build(trained, lazy)
         mine = traverse_util.flatten_dict(dict(trained), sep="/")
         factors = traverse_util.flatten_dict(dict(rates or {}), sep="/")
         factors = {path: factor for path, factor in factors.items() if path in mine}

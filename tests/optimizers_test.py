@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from modjax import optimizers
-from modjax.adapters.banks import Leaf
 from modjax.optimizers import Group, Optimizer, schedule
 
 PARAMS = {
@@ -188,33 +187,6 @@ def test_the_rates_that_are_logged_are_those_of_the_trained_groups():
 def test_clipping_must_be_positive():
     with pytest.raises(ValueError, match="clip_norm must be above 0"):
         Optimizer(clip_norm=0.0).build(PARAMS)
-
-
-def test_a_module_that_a_step_did_not_use_keeps_its_value_its_moments_and_does_not_decay():
-    parts = (("skill=0", 2), ("skill=1", 1), ("skill=2", 2))
-    leaf = Leaf(-1, parts, ("in", "rank"))
-    # Two layers of a scanned network.
-    params = {"x": {"adamix": {"a": jnp.ones((2, 3, 5))}}, "other": jnp.ones(4)}
-    optimizer = optimizers.Optimizer(learning_rate=0.1, weight_decay=0.5)
-    transform = optimizers.resting(optimizer.build(params), {"x/adamix/a": leaf})
-    state = transform.init(params)
-    everything = jax.tree.map(jnp.ones_like, params)
-    updates, state = transform.update(everything, state, params)
-    before, params = state, optax.apply_updates(params, updates)
-    # In the first layer only module 1 was drawn, in the second modules 0 and 2.
-    gradient = jnp.zeros((2, 3, 5)).at[0, 1, 2].set(1.0).at[1, :, :2].set(1.0).at[1, 0, 4].set(1.0)
-    grads = {"x": {"adamix": {"a": gradient}}, "other": jnp.zeros(4)}
-    updates, state = transform.update(grads, state, params)
-    moved = np.asarray(updates["x"]["adamix"]["a"] != 0)
-    drawn = np.zeros((2, 3, 5), bool)
-    drawn[0, :, 2] = drawn[1, :, :2] = drawn[1, :, 3:] = True
-    np.testing.assert_array_equal(moved, drawn)
-    assert (
-        updates["other"] != 0
-    ).all()  # decay and momentum go on where modules do not own anything
-    adam, old = optax.tree_utils.tree_get(state, "mu"), optax.tree_utils.tree_get(before, "mu")
-    same = np.asarray(adam["x"]["adamix"]["a"] == old["x"]["adamix"]["a"])
-    np.testing.assert_array_equal(same, ~drawn)
 
 
 def test_a_head_trains_with_the_adapters_and_an_optional_group_may_be_empty():
