@@ -67,7 +67,7 @@ def evaluate(
         the base itself.
       method: the name of the results, that of the checkpoint if empty.
       split: which split of each task.
-      train_mixture: decides which datasets were seen; the checkpoint's own if None.
+      train_mixture: decides which datasets were seen; the checkpoint's own if None, none if "".
       seed: of the trained run, for the results; the checkpoint's own if None.
       random_seed: of sampling.
       max_examples: of each dataset, the first so many; all if None.
@@ -113,8 +113,8 @@ def evaluate(
         space = FeatureSpace.from_json(metadata["space"])
     params = jax.device_put(params, partitioning.replicated(mesh))
 
-    trained_on = train_mixture or metadata["mixture"]
-    if trained_on is None:
+    trained_on = metadata["mixture"] if train_mixture is None else train_mixture
+    if not trained_on:
         settings = dict.fromkeys(tasks, "unseen_task")
     else:
         settings = registry.seen_settings(trained_on, mixture_or_task_name)

@@ -11,6 +11,7 @@ any order.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import os
@@ -108,18 +109,21 @@ def train(
     mesh = partitioning.make_mesh(model_parallel)
     partitioning.check_batch(batch_size, mesh, microbatches)
     checkpoints.check_writable(model_dir)
+    start.check(initial_checkpoint_path, model.adapted is not None)
 
     # The checkpoint to continue, the run's own first, decides the ids of the feature space.
     own = checkpoints.steps(model_dir)
     source = model_dir if own else initial_checkpoint_path
     stored = checkpoints.read_metadata(source) if source else None
-    space = _feature_space(registry, mixture_or_task_name, features)
+    space = _feature_space(registry, mixture_or_task_name, features, model)
     if stored is not None:
         known = FeatureSpace.from_json(stored["space"])
         space = initialize.resolve_space(space, known, bool(own), checkpoints.locate(source))
     model = model.with_space(space)
     described = filter(registry.has_metadata, registry.tasks_of(mixture_or_task_name))
-    initialize.check_routed(model, {name: registry.metadata_of(name) for name in described})
+    initialize.check_routed(
+        model, {registry.origin_of(name): registry.metadata_of(name) for name in described}
+    )
 
     # Shapes first: what does not fit is found before anything is read or computed.
     checks.check_lengths(task_feature_lengths)
@@ -152,7 +156,7 @@ def train(
         "method": adapters.describe_method(model.adapted) if model.adapted else "full",
         "space": space.to_json(),
         "base": provenance.fingerprint(frozen),
-        "mixture": mixture_or_task_name,
+        "mixture": registry.origin_of(mixture_or_task_name),
         "name": method,
         "seed": random_seed,
         "gin": operative_config(),
@@ -162,10 +166,11 @@ def train(
         trained = initialize.start_from(
             initial_checkpoint_path, metadata, trained, stored, model, start
         )
-    rates = layout.rates
-    if start.freeze_known and initial_checkpoint_path:
+    before = None
+    if initial_checkpoint_path and not start.collapse:
         before = checkpoints.read_metadata(initial_checkpoint_path)["method"]
-        rates = adapters.known_rates(trained, before, metadata["method"])
+    rates = initialize.factors(layout, start, metadata["method"], before)
+    layout = dataclasses.replace(layout, rates=rates)
 
     trainer = Trainer(
         model,
@@ -175,7 +180,7 @@ def train(
         frozen,
         layout.axes,
         microbatches,
-        rates,
+        layout.rates,
         layout.lazy,
     )
     state = trainer.init_state(trained, random_seed)
@@ -276,9 +281,15 @@ def train(
     return state
 
 
-def _feature_space(registry: Any, mixture: str, features: Sequence[str] | None) -> FeatureSpace:
-    """The mixture's feature space; without features where no task has any, as in pretraining."""
+def _feature_space(
+    registry: Any, mixture: str, features: Sequence[str] | None, model: Any
+) -> FeatureSpace:
+    """The mixture's feature space; without features where no task has any and no router asks for them."""
     tasks = registry.tasks_of(mixture)
+    for rule in model.adapted.rules if model.adapted else ():
+        wanted = rule.mixture.router.routes_by
+        if wanted is None or set(wanted) - {"dataset"}:
+            return registry.feature_space(mixture, features)
     if features is None and not any(registry.has_metadata(task) for task in tasks):
         return FeatureSpace(features=(), datasets=tuple(tasks))
     return registry.feature_space(mixture, features)
@@ -303,7 +314,7 @@ def _describe(model: Any, layout: initialize.Layout) -> str:
     if model.adapted is not None:
         params = optimizers.combine(layout.trained, layout.frozen)
         added, base = adapters.split(params, model.adapted)
-        return adapters.table(added, model.adapted, base)
+        return adapters.table(added, model.adapted, base, layout.rates)
     trained, frozen = (
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
         for tree in (layout.trained, layout.frozen)

@@ -42,7 +42,7 @@ def step(method: str, base: str, batch_size: int, length: int) -> tuple[int, int
     import jax
     import numpy as np
 
-    from modjax import initialize, launch, partitioning
+    from modjax import adapters, initialize, launch, partitioning
     from modjax.features import FeatureSpace
     from modjax.trainer import Trainer, TrainState
 
@@ -82,10 +82,10 @@ def step(method: str, base: str, batch_size: int, length: int) -> tuple[int, int
     def count(tree: object) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
-    trained, frozen = count(layout.trained), count(layout.frozen)
     names = model.adapted.names if model.adapted else ()
     added = count(initialize.added(layout.trained, names)) if names else 0
-    return trained, frozen + trained - added, cost["flops"]
+    base_size = count(layout.frozen) + count(layout.trained) - added
+    return adapters.count_moving(layout.trained, layout.rates), base_size, cost["flops"]
 
 
 def main(argv: Sequence[str]) -> int:

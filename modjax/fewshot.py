@@ -10,13 +10,12 @@ import json
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from modjax import checkpoints, launch
-from modjax.errors import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Protocol:
       steps: training steps.
       seeds: each draws its own shots, starts its own new parameters, and gives one score.
       validate_every: steps between the checkpoints that are candidates; the start (step 0) is one, too.
+      train_split: where the shots are drawn from.
       validation_split, test_split: of the datasets.
       validation_examples: the first so many are used for the selection, all if None.
       metric: what is selected by, of those the datasets have; the mean over datasets where there are several.
@@ -37,6 +37,7 @@ class Protocol:
     steps: int = 1000
     seeds: Sequence[int] = (0, 1, 2)
     validate_every: int = 100
+    train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
     validation_examples: int | None = None
@@ -51,10 +52,14 @@ class Protocol:
                 )
         if not self.seeds:
             raise ValueError("Protocol.seeds is empty: give at least one seed.")
-        if self.validation_split == self.test_split:
+        if len(set(self.splits())) != 3:
             raise ValueError(
-                f"Protocol: selection and test both use the split {self.test_split!r}; the test has to be new."
+                f"Protocol: training, selection and test need three splits, got {self.splits()}."
             )
+
+    def splits(self) -> tuple[str, str, str]:
+        """The splits that every dataset needs."""
+        return self.train_split, self.validation_split, self.test_split
 
     def candidates(self) -> list[int]:
         """The steps among which validation selects."""
@@ -69,6 +74,7 @@ def adapt(
     model_dir: str,
     method: str,
     mixture_or_task_module: str | Sequence[str] | None = None,
+    initial_checkpoint_path: str | None = None,
     operative_config: Callable[[], str] = str,
 ) -> list[dict[str, Any]]:
     """Adapts to the datasets of a mixture, together, with each seed of the protocol.
@@ -82,6 +88,7 @@ def adapt(
         `results.json`, with rows of the methods `<method>_0shots` (the start) and `<method>_<n>shots`.
       method: the name that results are reported under.
       mixture_or_task_module: registers the datasets.
+      initial_checkpoint_path: what `train` starts from; its mixture says what the start has seen.
       operative_config: gives the text that is kept with the checkpoints.
 
     Returns:
@@ -97,20 +104,22 @@ def adapt(
     checkpoints.check_writable(model_dir)
     tasks = registry.tasks_of(mixture_or_task_name)
     for task in tasks:
-        known = registry.metric_names_of(task)
-        if protocol.metric not in known:
-            raise ValueError(
-                f"Protocol.metric: task {task!r} has no metric {protocol.metric!r}."
-                + nearest(protocol.metric, known)
-            )
+        registry.check_has(task, protocol.metric, protocol.splits())
+    # What was seen when nothing had been trained here yet.
+    before = ""
+    if initial_checkpoint_path:
+        before = checkpoints.read_metadata(initial_checkpoint_path)["mixture"]
+    _keep(protocol, pathlib.Path(model_dir))
     rows: list[dict[str, Any]] = []
     for seed in protocol.seeds:
-        names = [shots.few_shot_task(task, protocol.shots, seed) for task in tasks]
-        mixture = names[0] if len(names) == 1 else _mixture(registry, mixture_or_task_name, names)
+        copies = {
+            task: shots.few_shot_task(task, protocol.shots, seed, protocol.train_split)
+            for task in tasks
+        }
         folder = pathlib.Path(model_dir) / f"seed_{seed}"
-        shared = {"mixture_or_task_name": mixture, "operative_config": operative_config}
         state = train(
-            **shared,
+            mixture_or_task_name=_mixture(registry, mixture_or_task_name, copies),
+            operative_config=operative_config,
             model_dir=str(folder),
             train_steps=protocol.steps,
             random_seed=seed,
@@ -121,7 +130,12 @@ def adapt(
 
         if int(jax.device_get(state.step)) < protocol.steps:
             return rows  # asked to stop; the run has said how to go on
-        shared |= {"seed": seed, "write_report": False}
+        shared = {
+            "mixture_or_task_name": mixture_or_task_name,
+            "operative_config": operative_config,
+            "seed": seed,
+            "write_report": False,
+        }
         curve = {}
         for step in protocol.candidates():
             found = evaluate(
@@ -138,8 +152,10 @@ def adapt(
         selection = {"metric": protocol.metric, "validation": curve, "selected": chosen}
         if jax.process_index() == 0:
             results.write_text(folder / "selection.json", json.dumps(selection, indent=1) + "\n")
-        for step, name in ((0, f"{method}_0shots"), (chosen, f"{method}_{protocol.shots}shots")):
-            rows += evaluate(**shared, **_place(folder, step, protocol.test_split), method=name)
+        start = {"method": f"{method}_0shots", "train_mixture": before}
+        rows += evaluate(**shared, **_place(folder, 0, protocol.test_split), **start)
+        end = {"method": f"{method}_{protocol.shots}shots"}
+        rows += evaluate(**shared, **_place(folder, chosen, protocol.test_split), **end)
     if jax.process_index() == 0:
         results.write(os.path.join(model_dir, "results.json"), rows)
         print(report.table(rows, [protocol.metric]))
@@ -155,10 +171,29 @@ def _place(folder: pathlib.Path, step: int, split: str) -> dict[str, str]:
     }
 
 
-def _mixture(registry: Any, name: str, tasks: Sequence[str]) -> str:
-    import seqio
-
-    own = f"{name}_{tasks[0].rpartition('_')[0].rpartition('_')[2]}_{tasks[0].rpartition('_')[2]}"
-    if own not in seqio.MixtureRegistry.names():
-        registry.add_mixture(own, tasks)
+def _mixture(registry: Any, name: str, copies: Mapping[str, str]) -> str:
+    """The task or mixture of the copies of all tasks of one."""
+    if list(copies) == [name]:
+        return copies[name]
+    own = f"{name}_{'_'.join(next(iter(copies.values())).rsplit('_', 2)[1:])}"
+    if registry.origin_of(own) == own:
+        registry.add_mixture_copy(name, own, copies)
     return own
+
+
+def _keep(protocol: Protocol, folder: pathlib.Path) -> None:
+    """Writes the protocol into the folder, or refuses to go on there with another one."""
+    from modjax.evaluation import results
+
+    mine = {k: v for k, v in dataclasses.asdict(protocol).items() if k != "seeds"}
+    path = folder / "protocol.json"
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        for name, value in mine.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{folder} was begun with Protocol.{name} = {theirs.get(name)!r}, not {value!r}: take "
+                    "another MODEL_DIR"
+                )
+    elif jax.process_index() == 0:
+        results.write_text(path, json.dumps(mine, indent=1) + "\n")

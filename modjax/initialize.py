@@ -5,6 +5,7 @@ that does not fit is an error that lists what differs.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,18 @@ class Start:
     new_from: Mapping[str, Sequence[str]] | None = None
     freeze_known: bool = False
 
+    def __post_init__(self) -> None:
+        if self.collapse and (self.new_from or self.freeze_known):
+            raise ValueError(
+                "Start.collapse makes one module of all, so that Start.new_from and Start.freeze_known mean nothing."
+            )
+
+    def check(self, checkpoint: Any, adapted: bool) -> None:
+        """Raises ValueError where the options mean nothing for the run."""
+        if self != Start() and (not checkpoint or not adapted):
+            what = "a method with adapters" if checkpoint else "an INITIAL_CHECKPOINT_PATH"
+            raise ValueError(f"{self} is set, but this run does not have {what}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -44,14 +57,14 @@ class Layout:
     Attributes:
       trained, frozen: nested dicts of shapes that together hold every parameter.
       axes: the names of the dimensions, by path.
-      rates: nested dict of factors on the updates of some trained parameters, or None.
+      rates: {path: factors on the updates of a trained parameter}, where they are not all 1.
       lazy: {path: how modules own it} of those whose modules rest in a step that does not use them.
     """
 
     trained: Tree
     frozen: Tree
     axes: Mapping[str, Sequence[str | None]]
-    rates: Tree | None = None
+    rates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lazy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -92,14 +105,15 @@ def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Gro
     params, named = variables["params"], variables.get("params_axes", {})
     axes: dict[str, Any] = dict(partitioning.flat_axes(named))
     paths: list[str] = []
-    rates: Tree | None = None
+    rates: Mapping[str, Any] = {}
     lazy: Mapping[str, Any] = {}
     if model.adapted is not None:
         added, base = adapters.split(params, model.adapted)
         paths = list(traverse_util.flatten_dict(added, sep="/"))
         added_axes = adapters.logical_axes(added, model.adapted, base, named)
         axes.update(traverse_util.flatten_dict(added_axes, sep="/"))
-        rates = adapters.update_rates(added, model.adapted)
+        nested = adapters.update_rates(added, model.adapted)
+        rates = traverse_util.flatten_dict(nested or {}, sep="/")
         lazy = adapters.lazy_parts(added, model.adapted)
     trained, frozen = optimizers.select(params, groups, paths)
     resting = [p for p in traverse_util.flatten_dict(frozen, sep="/") if p in set(paths)]
@@ -109,6 +123,37 @@ def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Gro
             "give their module learning_rate 0 instead"
         )
     return Layout(trained, frozen, axes, rates, lazy)
+
+
+def factors(
+    layout: Layout, start: Start, method: Any, before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """{path: factors on its updates}: the method's own, and 0 for what a run freezes.
+
+    Args:
+      layout: of the run.
+      start: how it started.
+      method: its `describe_method`.
+      before: that of the checkpoint it started from, or None.
+
+    Raises:
+      ValueError: nothing would train, or fresh modules would stay fresh.
+    """
+    found = dict(layout.rates)
+    if before is None and any((np.asarray(factor) == 0).any() for factor in found.values()):
+        raise ValueError(
+            "modules with learning_rate 0 would stay as they are initialised, at nothing: start them from an "
+            "INITIAL_CHECKPOINT_PATH"
+        )
+    if start.freeze_known:
+        for path, factor in adapters.known_rates(layout.trained, before or {}, method).items():
+            found[path] = found.get(path, 1.0) * factor
+    if adapters.count_moving(layout.trained, found) == 0:
+        raise ValueError(
+            "nothing would train: every parameter has learning rate 0"
+            + (", for the checkpoint knows them all" if start.freeze_known else "")
+        )
+    return found
 
 
 def check_routed(model: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
@@ -141,7 +186,7 @@ def take_base(wanted: Tree, base: Tree, adapter_names: Sequence[str], where: str
     Args:
       wanted: nested dict of shapes.
       base: nested dict of host arrays.
-      adapter_names: the mixtures' names; paths through them belong to no base.
+      adapter_names: the mixtures' names; paths through them belong to no base, nor does a head.
       where: the base's name for messages.
 
     Raises:
@@ -156,7 +201,7 @@ def take_base(wanted: Tree, base: Tree, adapter_names: Sequence[str], where: str
                     f"{path} is {list(flat[path].shape)}, the model has {list(leaf.shape)}"
                 )
             taken[path] = flat[path]
-        elif not set(path.split("/")) & set(adapter_names):
+        elif not set(path.split("/")) & set(adapter_names) and not is_head(path):
             problems.append(f"{path} is missing")
     if problems:
         more = f" ({len(problems)} in all)" if len(problems) > 6 else ""
@@ -237,10 +282,19 @@ def to_dtype(tree: Tree, dtype: str | None) -> Tree:
     return jax.tree.map(cast, tree)
 
 
+def is_head(path: str) -> bool:
+    """Whether a parameter belongs to a task's own output layer, which a base need not have."""
+    return re.fullmatch(optimizers.HEAD, path) is not None
+
+
 def added(trained: Tree, names: Sequence[str]) -> Tree:
-    """The leaves of a tree that belong to the mixtures of these names."""
+    """The leaves of a tree that belong to the mixtures of these names, or to a task's head."""
     flat = traverse_util.flatten_dict(dict(trained), sep="/")
-    mine = {path: leaf for path, leaf in flat.items() if set(path.split("/")) & set(names)}
+    mine = {
+        path: leaf
+        for path, leaf in flat.items()
+        if set(path.split("/")) & set(names) or is_head(path)
+    }
     return traverse_util.unflatten_dict(mine, sep="/")
 
 
@@ -299,6 +353,7 @@ def _collapsed(where: Any, fresh: Any, stored: Mapping[str, Any], model: Any) ->
     rules = adapters.rules_of(stored["method"])
     old = adapters.Adapted(model.network, rules, space, model.adapted.streams)
     tree, _, _ = checkpoints.load_trained(where)
+    tree, _ = adapters.split(tree, old)
     _, leaves = adapters.compose(old, tree, name=model.adapted.names[0])
     found = traverse_util.flatten_dict(leaves, sep="/")
     wanted = traverse_util.flatten_dict(dict(fresh), sep="/")

@@ -1,7 +1,7 @@
 """What the entry points share: flags, gin files, and the processes of a multi-host job.
 
-Only `train.py` and `eval.py` import this module, and gin is imported when it is used: the core does
-without.
+`train.py`, `eval.py` and `fewshot.py` import this module, and gin is imported when it is used: the
+core does without.
 """
 
 import argparse
@@ -137,7 +137,11 @@ def run(
                 function = other
         if function not in instead:
             _check_configured(gin, f"{entry}.{function.__name__}")
-        gin.get_configurable(function)(operative_config=partial(operative_config, flags))
+        # A few-shot job has made everything only at its end.
+        last = function in instead
+        config = partial(operative_config, flags, not last)
+        if gin.get_configurable(function)(operative_config=config) and last:
+            operative_config(flags)
     except Exception as error:
         if "--traceback" in argv or not mistakes.is_users(error):
             raise
@@ -190,6 +194,8 @@ def load_gin(flags: Flags, entry: str) -> None:
             gin.add_config_file_search_path(folder)
     files = [_find(name, folders) for name in flags.gin_files]
     imports = {entry: f"import {entry}", **_IMPORTS}
+    if any("fewshot" in name for name in flags.gin_files):
+        imports["eval"] = "import eval"  # a few-shot job does both
     bindings = ["from __gin__ import dynamic_registration", *imports.values(), *flags.bindings]
     # gin reports each folder in which an included file does not lie; whether it lies nowhere, the
     # exception says.
@@ -293,7 +299,7 @@ def _check_macros(gin: Any) -> None:
             raise ConfigError(f"{name} must be set: --gin.{name}=VALUE")
 
 
-def operative_config(flags: Flags) -> str:
+def operative_config(flags: Flags, check: bool = True) -> str:
     """The configuration as it was used, once all objects are made; may be given as a gin file again.
 
     Raises:
@@ -303,7 +309,7 @@ def operative_config(flags: Flags) -> str:
     import gin
 
     text = gin.operative_config_str()
-    for binding in flags.bindings:
+    for binding in flags.bindings if check else ():
         name = binding.partition(" = ")[0].rpartition("/")[2]
         ending = ".".join(name.split(".")[-2:])
         if "." in name and not re.search(rf"(^|[./]){re.escape(ending)} =", text, re.MULTILINE):

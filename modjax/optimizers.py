@@ -130,6 +130,7 @@ class Group:
       multiplier: factor on the learning rate.
       learning_rate: a rate or schedule of their own instead of the optimizer's.
       weight_decay: a decay of their own instead of the optimizer's.
+      name: what its learning rate is logged as, "learning_rate/<name>".
       optional: whether the pattern may match nothing, as that of a task head that only some models have.
     """
 
@@ -139,6 +140,7 @@ class Group:
     learning_rate: float | Schedule | None = None
     weight_decay: float | None = None
     optional: bool = False
+    name: str = ""
 
 
 def assign(groups: Sequence[Group], paths: Collection[str]) -> dict[str, int]:
@@ -270,15 +272,18 @@ class Optimizer:
             )
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), update)
 
-    def rates(self, step: jax.Array) -> dict[str, jax.Array]:
-        """The learning rate at a step, one per trained group: {"learning_rate": [],
-        "learning_rate/1": [], ...}.
+    def rates(self, step: jax.Array, paths: Collection[str]) -> dict[str, jax.Array]:
+        """The learning rate at a step, one per group that has some of the trained paths: {"learning_rate": [],
+        "learning_rate/1": [], "learning_rate/<name>": [], ...}.
         """
-        groups = [group for group in self.groups if group.train] or [Group(".*")]
-        return {
-            "learning_rate" if i == 0 else f"learning_rate/{i}": self._rate(group)(step)
-            for i, group in enumerate(groups)
-        }
+        used = sorted({self._owner(path) for path in paths}) if self.groups else []
+        found: dict[str, jax.Array] = {}
+        for group in [self.groups[i] for i in used] or [Group(".*")]:
+            label = f"learning_rate/{group.name or len(found)}"
+            if not group.name and "learning_rate" not in found:
+                label = "learning_rate"
+            found[label] = self._rate(group)(step)
+        return found
 
     def _owner(self, path: str) -> int:
         for index, group in enumerate(self.groups):

@@ -124,7 +124,7 @@ def train_step(
     updates, opt_state = transform.update(grads, state.opt_state, state.trained)
     updates = _times(updates, factors)
     scalars = dict(sums)
-    scalars.update(optimizer.rates(state.step))
+    scalars.update(optimizer.rates(state.step, traverse_util.flatten_dict(state.trained, sep="/")))
     scalars["grad_norm"] = optax.global_norm(grads)
     scalars["stop"] = jnp.max(stop)
     trained = optax.apply_updates(state.trained, updates)

@@ -23,6 +23,7 @@ from modjax.data.sources import ExamplesSource
 from tasks.babel_examples import SPLITS, Babel
 from tasks.babel_world import BabelConfig
 
+FEW = "few"  # the training examples of datasets that are held out from training
 VOCABULARY = seqio.ByteVocabulary()
 OUTPUT_FEATURES = {
     "inputs": seqio.Feature(VOCABULARY, add_eos=True),
@@ -54,8 +55,10 @@ def register(config: BabelConfig | None = None, prefix: str = "babel") -> Babel:
     settings: dict[str, list[str]] = {"seen": [], "unseen_pair": [], "unseen_language": []}
     for (task, code), setting in babel.datasets().items():
         name = f"{prefix}_{task}_{code}"
-        splits = SPLITS if setting == "seen" else SPLITS[1:]
-        _add(name, task, code, {s: partial(_rows, babel.examples, task, code, s) for s in splits})
+        # What is held out from training has its training examples under another name, to take shots from.
+        sources = {"train" if setting == "seen" else FEW: "train"} | {s: s for s in SPLITS[1:]}
+        examples = {s: partial(_rows, babel.examples, task, code, of) for s, of in sources.items()}
+        _add(name, task, code, examples)
         settings[setting].append(name)
     registry.add_mixture(f"{prefix}_train", settings["seen"])
     for setting, names in settings.items():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from modjax import adapters, checkpoints, fewshot, launch
+from modjax import adapters, checkpoints, fewshot, initialize, launch
 from modjax.data import pipeline, shots
 from modjax.features import FeatureSpace
 
@@ -19,14 +19,14 @@ sys.path.insert(0, str(TESTDATA))
 SMALL = ("SKILLS = 2", "HEADS = 2", "adapters.LowRank.rank = 2", "WARMUP = 0")
 
 
-def configure(entry, files, bindings):
+def configure(entry, files, bindings, training=True):
     values = (
         "MIXTURE_OR_TASK_MODULE = 'toy_tasks'",
         "TASK_FEATURE_LENGTHS = {'inputs': 16, 'targets': 8}",
         "BATCH_SIZE = 8",
-        "train.train.tensorboard = False",
-        "optimizers.schedule.decay = 'constant'",
     )
+    if training:
+        values += ("train.train.tensorboard = False", "optimizers.schedule.decay = 'constant'")
     launch.load_gin(launch.Flags(tuple(map(str, files)), (*values, *bindings), ()), entry)
 
 
@@ -83,7 +83,7 @@ def few_shot(many, tmp_path, method, *bindings):
         f"MODEL_DIR = '{tmp_path}'",
         f"INITIAL_CHECKPOINT_PATH = '{run}'",
         "TRAIN_STEPS = 2",
-        "fewshot.Protocol.shots = 8",
+        "SHOTS = 8",
         "fewshot.Protocol.validate_every = 1",
         "fewshot.Protocol.validation_examples = 8",
         "fewshot.Protocol.seeds = (5,)",
@@ -125,6 +125,11 @@ def test_z_moves_the_new_tasks_logits_alone_and_reports_the_start_and_the_select
     }
     run = json.loads((tmp_path / "seed_5" / "eval" / "test_0" / "run.json").read_text())
     assert run["split"] == "test" and run["step"] == 0
+    # The start has seen "turn" and "sw", but not together.
+    settings = {(row["method"], row["setting"]) for row in rows}
+    assert settings == {("poly_z_0shots", "unseen_pair"), ("poly_z_8shots", "seen")}
+    metadata = checkpoints.read_metadata(tmp_path / "seed_5")
+    assert metadata["mixture"] == "toy_turn_sw" and "toy_turn_sw" in metadata["space"]["datasets"]
 
 
 def test_a_second_call_repeats_no_training_and_gives_the_same_rows(many, tmp_path):
@@ -135,6 +140,35 @@ def test_a_second_call_repeats_no_training_and_gives_the_same_rows(many, tmp_pat
     assert again == first
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("checkpoint_*"))] == written
     jax.tree.map(np.testing.assert_array_equal, end, after)
+
+
+def test_eval_py_scores_a_few_shot_checkpoint_as_the_protocol_did(many, tmp_path):
+    import eval as evaluation
+
+    rows, _ = few_shot(many, tmp_path, "poly_s", *SMALL)
+    configure(
+        "eval",
+        ("bases/folder.gin", "methods/poly_s.gin", "runs/eval.gin"),
+        (
+            "MIXTURE_OR_TASK_NAME = 'toy_turn_sw'",
+            f"BASE = '{many[0]}'",
+            f"CHECKPOINT_PATH = '{checkpoints.locate(tmp_path / 'seed_5', 0)}'",
+            f"EVAL_OUTPUT_DIR = '{tmp_path / 'again'}'",
+            *SMALL[:-1],
+        ),
+        training=False,
+    )
+    again = gin.get_configurable(evaluation.evaluate)(operative_config=str)
+    assert [row["value"] for row in again] == [
+        row["value"] for row in rows if row["method"] == "poly_s_0shots"
+    ]
+
+
+def test_another_protocol_in_the_same_folder_is_refused(many, tmp_path):
+    fewshot._keep(fewshot.Protocol(steps=4), tmp_path)
+    fewshot._keep(fewshot.Protocol(steps=4, seeds=(7,)), tmp_path)
+    with pytest.raises(ValueError, match="begun with Protocol.steps = 4, not 2"):
+        fewshot._keep(fewshot.Protocol(steps=2), tmp_path)
 
 
 def test_poly_s_starts_from_the_skills_with_fresh_logits_and_trains_all(many, tmp_path):
@@ -241,12 +275,33 @@ def test_shots_are_drawn_by_the_seed_and_other_splits_are_whole():
 
 def test_impossible_protocols_are_refused(many, tmp_path):
     with pytest.raises(ValueError, match="has 64 examples in its split 'train', and 65 shots"):
-        few_shot(many, tmp_path, "poly_z", *SMALL, "fewshot.Protocol.shots = 65")
+        few_shot(many, tmp_path, "poly_z", *SMALL, "SHOTS = 65")
     with pytest.raises(ValueError, match="no metric 'exact'.* Did you mean 'exact_match'"):
         few_shot(many, tmp_path, "poly_z", *SMALL, "fewshot.Protocol.metric = 'exact'")
     with pytest.raises(ValueError, match="Protocol.shots must be an integer of at least 1, got 0"):
         fewshot.Protocol(shots=0)
-    with pytest.raises(ValueError, match="both use the split 'test'"):
+    with pytest.raises(ValueError, match="need three splits"):
         fewshot.Protocol(validation_split="test")
     with pytest.raises(ValueError, match="is empty"):
         fewshot.Protocol(seeds=())
+
+
+def test_options_that_would_do_nothing_are_refused(many, tmp_path):
+    none = "INITIAL_CHECKPOINT_PATH = None"
+    with pytest.raises(ValueError, match="learning_rate 0 would stay .* at nothing"):
+        few_shot(many, tmp_path, "poly_z", *SMALL, none)
+    with pytest.raises(ValueError, match="freeze_known=True.* does not have an INITIAL_CHECKPOINT"):
+        few_shot(many, tmp_path, "lora", none, "initialize.Start.freeze_known = True")
+    with pytest.raises(ValueError, match="Start.collapse makes one module of all"):
+        initialize.Start(collapse=True, freeze_known=True)
+
+
+def test_what_is_frozen_is_counted_as_frozen_and_keeps_the_methods_own_rates(grown):
+    tree, old, new = grown
+    rates = {"flix/a": np.full((8,), 0.5, np.float32)}
+    layout = initialize.Layout(tree, {}, {}, rates)
+    found = initialize.factors(layout, initialize.Start(freeze_known=True), new, old)
+    assert found["flix/a"].ravel().tolist() == [0, 0, 0, 0, 0, 0, 0.5, 0.5]
+    assert adapters.count_moving(tree, found) == 2 * (4 + 5)
+    with pytest.raises(ValueError, match="nothing would train.* the checkpoint knows them all"):
+        initialize.factors(layout, initialize.Start(freeze_known=True), new, new)

@@ -176,11 +176,19 @@ def test_a_pattern_must_match_the_whole_path():
 
 
 def test_the_rates_that_are_logged_are_those_of_the_trained_groups():
-    groups = (Group("a", train=False), Group("b", multiplier=2.0), Group("c", learning_rate=0.5))
-    rates = Optimizer(learning_rate=schedule(0.1, warmup=10), groups=groups).rates(jnp.int32(5))
+    groups = (
+        Group("a", train=False),
+        Group("z", learning_rate=0.5, name="logits"),
+        Group("head", optional=True),
+        Group("b", multiplier=2.0),
+        Group("c", multiplier=3.0),
+    )
+    optimizer = Optimizer(learning_rate=schedule(0.1, warmup=10), groups=groups)
+    rates = optimizer.rates(jnp.int32(5), ["b", "c", "z"])
     assert {k: round(float(v), 6) for k, v in rates.items()} == {
+        "learning_rate/logits": 0.5,
         "learning_rate": 0.1,
-        "learning_rate/1": 0.5,
+        "learning_rate/2": 0.15,
     }
 
 

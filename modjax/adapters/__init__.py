@@ -20,6 +20,7 @@ from modjax.adapters.scale import Scale as Scale
 from modjax.adapters.skills import Skills as Skills
 from modjax.adapters.skills import Stochastic as Stochastic
 from modjax.adapters.skills import Uniform as Uniform
+from modjax.adapters.trees import count_moving as count_moving
 from modjax.adapters.trees import join as join
 from modjax.adapters.trees import lazy_parts as lazy_parts
 from modjax.adapters.trees import logical_axes as logical_axes

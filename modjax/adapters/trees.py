@@ -167,8 +167,11 @@ def update_rates(adapters: Tree, adapted: Adapted) -> dict[str, Any] | None:
         each = mixture.module.rates(mixture.modules(adapted.space))
         if (each == 1.0).all():
             continue
-        leaves = _leaves(adapted, path, name).items()
-        rates[path, name] = {n: leaf.spread(each) for n, leaf in leaves if leaf.axis is not None}
+        for leaf, spec in _leaves(adapted, path, name).items():
+            if spec.axis is not None:
+                rates.setdefault((path, name), {})[leaf] = spec.spread(each)
+            elif len(set(each.tolist())) == 1:  # what all own together goes at the rate of all
+                rates.setdefault((path, name), {})[leaf] = np.float32(each[0])
     return from_places(rates) if rates else None
 
 
@@ -183,8 +186,17 @@ def lazy_parts(adapters: Tree, adapted: Adapted) -> dict[str, Leaf]:
     return parts
 
 
-def table(adapters: Tree, adapted: Adapted, base: Tree) -> str:
-    """A table of the adapted layers, and the numbers of trained and frozen parameters, to print at the start."""
+def table(
+    adapters: Tree, adapted: Adapted, base: Tree, rates: Mapping[str, Any] | None = None
+) -> str:
+    """A table of the adapted layers, and the numbers of trained and frozen parameters, to print at the start.
+
+    Args:
+      adapters: their tree.
+      adapted: what they belong to.
+      base: the other parameters.
+      rates: {path: factors on the updates}; where a factor is 0, an adapter's parameter is frozen.
+    """
     rows: dict[tuple[str, str, str], list[int]] = {}
 
     def add(path: str, name: str, shape: str, lead: tuple[int, ...], size: int) -> None:
@@ -221,9 +233,10 @@ def table(adapters: Tree, adapted: Adapted, base: Tree) -> str:
         parts = next(iter(rule.mixture.module.leaves(modules).values())).parts
         listed = ", ".join(f"{module}:{size}" for module, size in parts)
         text_lines.append(f"{name}: {len(modules)} modules (name:size) {listed}")
-    trained, frozen = count(adapters), count(base)
+    trained, whole = count_moving(adapters, rates or {}), count(base)
+    frozen = whole + count(adapters) - trained
     text_lines.append(
-        f"trained {trained:,}  frozen {frozen:,}  ({100 * trained / frozen:.2f} % of the base)"
+        f"trained {trained:,}  frozen {frozen:,}  ({100 * trained / whole:.2f} % of the base)"
     )
     return "\n".join(text_lines)
 
@@ -236,3 +249,12 @@ def _numberless(part: str) -> str:
 def count(tree: Tree) -> int:
     """The number of parameters."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten_dict(tree, sep="/").values())
+
+
+def count_moving(tree: Tree, rates: Mapping[str, Any]) -> int:
+    """The number of parameters whose factor, `{path: an array that broadcasts}`, is not 0."""
+    moving = 0
+    for path, leaf in flatten_dict(tree, sep="/").items():
+        factor = np.broadcast_to(np.asarray(rates.get(path, 1.0)) != 0, leaf.shape)
+        moving += int(np.sum(factor))
+    return moving

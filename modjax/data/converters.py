@@ -90,7 +90,9 @@ def encode(task: str, space: FeatureSpace, unknown: Unknown = "error") -> tuple[
     metadata = registry.metadata_of(task) if registry.has_metadata(task) or space.names else {}
     row = {n: metadata[n] for n in space.names if n in metadata}
     features = space.encode(row, unknown=unknown, where=f"task {task!r}")
-    return features, space.dataset_id(task, unknown if space.datasets else "none")
+    return features, space.dataset_id(
+        registry.origin_of(task), unknown if space.datasets else "none"
+    )
 
 
 class EncDecFeatureConverter(seqio.EncDecFeatureConverter):

@@ -29,6 +29,7 @@ class _Entry:
 
 
 _ENTRIES: dict[str, _Entry] = {}
+_ORIGINS: dict[str, str] = {}  # of copies with fewer examples: whose
 
 
 def add_task(
@@ -102,8 +103,24 @@ def add_task(
 
 
 def add_copy(task_name: str, name: str, source: seqio.DataSourceInterface) -> seqio.Task:
-    """Registers a task that is like another one but for its name and its source."""
-    return add_task(name, source, **_entry(task_name).arguments)
+    """Registers a task that is another one but for its source: the same dataset, to models and results."""
+    task = add_task(name, source, **_entry(task_name).arguments)
+    _ORIGINS[name] = task_name
+    return task
+
+
+def add_mixture_copy(mixture: str, name: str, copies: Mapping[str, str]) -> seqio.Mixture:
+    """Registers a mixture of copies of another mixture's tasks, `{task: its copy}`, at their rates."""
+    original = seqio.MixtureRegistry.get(mixture)
+    rates = [(copies[task.name], original.get_rate(task)) for task in seqio.get_subtasks(original)]
+    copy = add_mixture(name, rates)
+    _ORIGINS[name] = mixture
+    return copy
+
+
+def origin_of(name: str) -> str:
+    """The task or mixture that one is a copy of, or itself: the name that outlives this process."""
+    return _ORIGINS.get(name, name)
 
 
 def add_mixture(
@@ -136,6 +153,7 @@ def remove(name: str) -> None:
     seqio.TaskRegistry.remove(name)
     seqio.MixtureRegistry.remove(name)
     _ENTRIES.pop(name, None)
+    _ORIGINS.pop(name, None)
 
 
 def tasks_of(mixture_or_task: Names) -> list[str]:
@@ -166,6 +184,17 @@ def metric_names_of(task_name: str) -> tuple[str, ...]:
     return _entry(task_name).metric_names
 
 
+def check_has(task_name: str, metric: str, splits: Sequence[str]) -> None:
+    """Raises ValueError where a task lacks a metric or a split; it is named."""
+    known = metric_names_of(task_name)
+    if metric not in known:
+        raise ValueError(f"task {task_name!r} has no metric {metric!r}.{nearest(metric, known)}")
+    there = seqio.TaskRegistry.get(task_name).splits
+    for split in splits:
+        if split not in there:
+            raise ValueError(f"task {task_name!r} has no split {split!r}.{nearest(split, there)}")
+
+
 def feature_space(mixture_or_task: Names, features: Sequence[str] | None = None) -> FeatureSpace:
     """The features and datasets of the tasks of a mixture.
 
@@ -185,7 +214,8 @@ def feature_space(mixture_or_task: Names, features: Sequence[str] | None = None)
                 raise ValueError(
                     f"task {name!r} has no feature {feature!r}.{nearest(feature, row)}"
                 )
-        rows[name] = {f: row[f] for f in features} if features is not None else row
+        kept = {f: row[f] for f in features} if features is not None else row
+        rows[origin_of(name)] = kept
     return FeatureSpace.from_metadata(rows)
 
 

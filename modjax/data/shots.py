@@ -11,7 +11,9 @@ from modjax.data.sources import ExamplesSource
 
 
 def few_shot_task(task: str, shots: int, seed: int, split: str = "train") -> str:
-    """Registers a task that has `shots` of a task's training examples, drawn by a seed; others splits are the same.
+    """Registers a task that has `shots` of a task's training examples, drawn by a seed, in its split "train".
+
+    It is the same dataset otherwise: to feature spaces, checkpoints and results it has the original's name.
 
     Args:
       task: a registered task. Its preprocessors, features and metrics are taken over.
@@ -43,7 +45,7 @@ class _Shots(seqio.DataSource):
     """A source like another one, but for one split, which has some of the other's examples."""
 
     def __init__(self, source: Any, task: str, split: str, shots: int, seed: int):
-        super().__init__(splits=tuple(source.splits))
+        super().__init__(splits=tuple(dict.fromkeys(("train", *source.splits))))
         self._source, self._split = source, split
         self._task, self._shots, self._seed = task, shots, seed
         self._drawn: ExamplesSource | None = None
@@ -61,22 +63,19 @@ class _Shots(seqio.DataSource):
                     f"{self._shots} shots were asked for."
                 )
             chosen = np.random.default_rng(self._seed).permutation(len(rows))[: self._shots]
-            self._drawn = ExamplesSource({self._split: [rows[i] for i in sorted(chosen)]})
+            self._drawn = ExamplesSource({"train": [rows[i] for i in sorted(chosen)]})
         return self._drawn
 
     def list_shards(self, split: str) -> Any:
-        return (
-            self._some().list_shards(split)
-            if split == self._split
-            else self._source.list_shards(split)
-        )
+        source = self._some() if split == "train" else self._source
+        return source.list_shards(split)
 
     def num_input_examples(self, split: str) -> int:
-        if split == self._split:
+        if split == "train":
             return self._some().num_input_examples(split)
         return self._source.num_input_examples(split)
 
     def get_dataset(self, split: str = "train", **options: Any) -> tf.data.Dataset:
         """The examples of one split, or of one shard of it."""
-        source = self._some() if split == self._split else self._source
+        source = self._some() if split == "train" else self._source
         return source.get_dataset(split=split, **options)
