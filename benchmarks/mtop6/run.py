@@ -36,8 +36,8 @@ SMOKE = {
 }
 
 
-# An example of FLix has two modules, its task's and its language's, so both methods compute as much. The rates are
-# those with the lowest validation loss of two.
+# An example of FLix has two modules, its task's and its language's, so both methods compute as much. README.md says how
+# the rates were chosen.
 METHODS = {
     "lora": ("adapters.LowRank.rank = 16", "LEARNING_RATE = 0.01"),
     "flix": ("adapters.LowRank.rank = 8", "LEARNING_RATE = 0.005"),
