@@ -49,6 +49,13 @@ def test_a_base_gives_every_parameter_or_is_refused():
         initialize.take_base(wanted, base | {"c": np.ones(3)}, ["lora"], "here")
 
 
+def test_a_head_that_the_base_lacks_starts_fresh():
+    wanted = {"a": {"kernel": np.ones((2, 3))}, "head": {"kernel": np.ones((3, 4))}}
+    taken = initialize.take_base(wanted, {"a": {"kernel": np.ones((2, 3))}}, [], "here")
+    assert set(taken) == {"a"}
+    assert set(initialize.added(wanted, ["lora"])) == {"head"}
+
+
 def test_the_frozen_base_is_kept_in_the_precision_asked_for():
     tree = {"kernel": np.ones((2, 2), np.float32), "ids": np.ones(2, np.int32)}
     half = initialize.to_dtype(tree, "bfloat16")

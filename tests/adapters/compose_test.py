@@ -9,7 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from modjax import adapters
-from modjax.adapters import Adapted, Features, LowRank, Mixture, Rule
+from modjax.adapters import Adapted, Features, LowRank, Mixture, Rule, Single, Skills
+from modjax.features import FeatureSpace
 from modjax.models import EncoderDecoderModel
 
 LAYERS = ".*/(query|value|wi_0|wo)"
@@ -113,6 +114,48 @@ def test_a_bank_of_another_rank_or_place_is_refused(flix, batch, space):
         adapters.extend(added, method, *other(LAYERS, LowRank(5)))
     with pytest.raises(ValueError, match="Only in the run: .*key/flix"):
         adapters.extend(added, method, *other(".*/(query|key)", LowRank(3)))
+
+
+def test_a_bank_is_carried_by_the_rule_that_put_it_there():
+    """Two rules under one name, whose banks have as many columns but divide them otherwise."""
+    ranks = ({"task": 1, "language": 3}, {"task": 3, "language": 1})
+    rules = tuple(
+        Rule(layer, Mixture("flix", LowRank(rank), Features()))
+        for layer, rank in zip(("one", "two"), ranks, strict=True)
+    )
+    methods = [
+        adapters.describe_method(Adapted(None, rules, FeatureSpace(features)))
+        for features in (
+            (("task", ("parse",)), ("language", ("en",))),
+            (("language", ("en",)), ("task", ("parse",))),
+        )
+    ]
+    old = {layer: {"flix": {"a": np.arange(8.0).reshape(2, 4)}} for layer in ("one", "two")}
+    new = jax.tree.map(np.zeros_like, old)
+    grown = adapters.extend(old, methods[0], new, methods[1])
+    assert grown["one"]["flix"]["a"][0].tolist() == [1, 2, 3, 0]
+    assert grown["two"]["flix"]["a"][0].tolist() == [3, 0, 1, 2]
+
+
+def test_what_trains_beside_the_adapters_is_carried_as_it_is(flix):
+    model, params = flix
+    added, _ = adapters.split(params, model.module)
+    method = adapters.describe_method(model.module)
+    head = {"head": {"kernel": np.ones((2, 3))}}
+    grown = adapters.extend(
+        added | head, method, added | {"head": {"kernel": np.zeros((2, 3))}}, method
+    )
+    assert (grown["head"]["kernel"] == 1).all()
+
+
+def test_a_misspelt_feature_is_refused_by_every_router(make_t5, batch, space):
+    for router in (Single(), Skills(2), Features()):
+        rules = (Rule(LAYERS, Mixture("some", LowRank(2), router)),)
+        model = EncoderDecoderModel(Adapted(make_t5(), rules, space))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+        added, _ = adapters.split(shapes, model.module)
+        with pytest.raises(ValueError, match="Unknown feature 'langauge'. Did you mean 'language'"):
+            adapters.compose(model.module, added, langauge="sw")
 
 
 def test_adapter_axes_are_those_of_the_kernels_they_adapt(flix, batch):

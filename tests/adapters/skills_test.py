@@ -97,6 +97,19 @@ def test_straight_through_is_0_or_1_forward_and_has_the_sigmoids_gradient(space)
     assert not gradient[1:].any()
 
 
+def test_straight_through_keeps_a_head_soft_that_would_round_to_nothing(space):
+    logits = np.full((3, 2, 4), -0.5, np.float32)
+    logits[:, 1] = [0.5, -0.5, -0.5, -0.5]
+    router = Skills(4, heads=2, relaxed=False, straight_through=True)
+    found = route(router, space, logits, [1], train=True)[0]
+    np.testing.assert_allclose(found, [[0.25] * 4, [1, 0, 0, 0]], rtol=1e-6)
+    value = np.array([1.0, -2.0, 3.0, 5.0])
+    gradient = jax.grad(lambda z: jnp.sum(route(router, space, z, [1], train=True) * value))(
+        jnp.asarray(logits)
+    )
+    assert 0.01 < np.abs(gradient[0]).max() < 10
+
+
 @pytest.mark.parametrize("task", [0, 4, -1])
 def test_an_unknown_task_is_exactly_uniform_and_moves_no_logits(task, space):
     logits = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
