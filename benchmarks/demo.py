@@ -70,9 +70,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--base", default="tasks/assets/babel_base")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="start no seed that would exceed this"
+        "--minutes", type=float, default=9.2, help="start no seed that would exceed this"
     )
-    parser.add_argument("--examples", type=int, default=40, help="evaluated of each dataset")
+    parser.add_argument("--examples", type=int, default=25, help="evaluated of each dataset")
     parser.add_argument("--bind", nargs="*", default=[], help="gin bindings, as 'TRAIN_STEPS = 50'")
     args = parser.parse_args(argv)
 

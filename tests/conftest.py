@@ -85,3 +85,15 @@ def move_adapters():
         )
 
     return move
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """Runs of one shape compile one program; it is read back from disk by those after the first."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.5), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)

@@ -16,6 +16,7 @@ from modjax.features import FeatureSpace
 
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
 sys.path.insert(0, str(TESTDATA))
+pytestmark = pytest.mark.usefixtures("compile_once")
 SMALL = ("SKILLS = 2", "HEADS = 2", "adapters.LowRank.rank = 2", "WARMUP = 0")
 
 
@@ -28,17 +29,6 @@ def configure(entry, files, bindings, training=True):
     if training:
         values += ("train.train.tensorboard = False", "optimizers.schedule.decay = 'constant'")
     launch.load_gin(launch.Flags(tuple(map(str, files)), (*values, *bindings), ()), entry)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.5), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from modjax.networks import t5
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
 sys.path.insert(0, str(TESTDATA))
 LENGTHS = {"inputs": 16, "targets": 8}
+pytestmark = pytest.mark.usefixtures("compile_once")
 FEATURES = (("task", ("copy", "turn")), ("language", ("en", "sw")))
 
 
@@ -55,18 +56,6 @@ def flat(tree):
 
 def lines(path):
     return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Runs of one shape compile one program; it is read back from disk by those after the first."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.5), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.adapters.routing import DATASET, SHARED, Mix, ModuleName, Routing
+from modjax.adapters.routing import DATASET, SHARED, Mix, ModuleName, Routing, WithoutLogits
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
 
@@ -20,18 +20,12 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Single:
+class Single(WithoutLogits):
     """One module, always on: plain LoRA (arXiv 2106.09685), or any other module by itself."""
 
     composition: ClassVar[str] = "sum"
     granularity: ClassVar[str] = "model"
     lazy: ClassVar[bool] = False
-    routes_by: ClassVar[tuple[str, ...]] = ()
-
-    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
-        """No logits."""
-        del space
-        return ()
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules, in order."""
@@ -58,7 +52,7 @@ class Single:
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
+class Features(WithoutLogits):
     """FLix (arXiv 2402.17934): every value of every feature owns a module, and an example uses those of its values.
 
     An id of 0 (none, or a value that the space does not know) adds nothing, and the others still do.
@@ -120,11 +114,6 @@ class Features:
 
     def _values(self, space: FeatureSpace, name: str) -> tuple[str, ...]:
         return space.datasets if name == DATASET else space.values(name)
-
-    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
-        """No logits."""
-        del space
-        return ()
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules, in order: feature by feature, value by value, then the shared one."""

@@ -144,3 +144,17 @@ class Router(Protocol):
     ) -> np.ndarray:
         """The weights `[M]` or `[..., H, M]` of one dataset in evaluation; `logits` is the router's parameter."""
         ...
+
+
+class WithoutLogits:
+    """What routers without parameters have in common."""
+
+    @property
+    def routes_by(self) -> tuple[str, ...] | None:
+        """No feature is looked up, unless a router says otherwise."""
+        return ()
+
+    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
+        """None has logits."""
+        del space
+        return ()

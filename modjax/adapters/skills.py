@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.adapters.routing import DATASET, Mix, ModuleName, Shares
+from modjax.adapters.routing import DATASET, Mix, ModuleName, Shares, WithoutLogits
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
 
@@ -186,7 +186,7 @@ def normalised(m: Array, straight_through: bool = False) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform:
+class Uniform(WithoutLogits):
     """All modules weigh 1 / M, for every example: Poly-mu (arXiv 2211.03831), AdaMix's average (arXiv 2205.12410)."""
 
     num_modules: int = 8
@@ -194,15 +194,9 @@ class Uniform:
     composition: ClassVar[str] = "average"
     granularity: ClassVar[str] = "model"
     lazy: ClassVar[bool] = False
-    routes_by: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         _check_count(self)
-
-    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
-        """No logits."""
-        del space
-        return ()
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules."""
@@ -229,7 +223,7 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stochastic:
+class Stochastic(Uniform):
     """AdaMix (arXiv 2205.12410): in training a forward pass uses one module, drawn anew for each layer, and in
     evaluation the average of all.
 
@@ -242,23 +236,8 @@ class Stochastic:
 
     num_modules: int = 4
 
-    composition: ClassVar[str] = "average"
     granularity: ClassVar[str] = "layer"
     lazy: ClassVar[bool] = True
-    routes_by: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        _check_count(self)
-
-    def rows(self, space: FeatureSpace | None) -> tuple[str, ...]:
-        """No logits."""
-        del space
-        return ()
-
-    def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
-        """The names of the bank's modules."""
-        del space
-        return skill_names(self.num_modules)
 
     def route(
         self,
@@ -270,13 +249,6 @@ class Stochastic:
         """One module in training, the average in evaluation."""
         del space, parameter
         return draw(make_rng(), self.num_modules) if mix.train else average(self.num_modules)
-
-    def active(
-        self, space: FeatureSpace | None, features: Mapping[str, Any], logits: Any = None
-    ) -> np.ndarray:
-        """The average's weights float32 `[1, M]`, of any dataset."""
-        del space, features, logits
-        return np.full((1, self.num_modules), 1 / self.num_modules, np.float32)
 
 
 def draw(key: Array, num_modules: int) -> Shares:
