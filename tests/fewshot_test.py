@@ -295,3 +295,33 @@ def test_what_is_frozen_is_counted_as_frozen_and_keeps_the_methods_own_rates(gro
     assert adapters.count_moving(tree, found) == 2 * (4 + 5)
     with pytest.raises(ValueError, match="nothing would train.* the checkpoint knows them all"):
         initialize.factors(layout, initialize.Start(freeze_known=True), new, new)
+
+
+def test_flix_adapts_to_a_new_language_from_the_mean_of_others_with_the_rest_frozen(many, tmp_path):
+    import train
+
+    base, _ = many
+    files = ("bases/folder.gin", "methods/flix.gin", "runs/finetune.gin")
+    rank = "adapters.LowRank.rank = 2"
+    places = (f"BASE = '{base}'", f"MODEL_DIR = '{tmp_path / 'many'}'", "TRAIN_STEPS = 3")
+    configure("train", files, ("MIXTURE_OR_TASK_NAME = 'toy_copy'", rank, "WARMUP = 0", *places))
+    gin.get_configurable(train.train)(operative_config=str)
+    rows, (start, end) = few_shot(
+        (base, tmp_path / "many"),
+        tmp_path / "new",
+        "flix",
+        rank,
+        "MIXTURE_OR_TASK_NAME = 'toy_copy_sw'",
+        "initialize.Start.new_from = {'language': ['en']}",
+        "initialize.Start.freeze_known = True",
+    )
+    before = trained(tmp_path / "many")
+    for path, value in start.items():  # columns: copy, en, and now sw
+        axis = -1 if path.endswith("/a") else -2
+        task, english, new = np.split(value, 3, axis)
+        np.testing.assert_array_equal(np.concatenate([task, english], axis), before[path])
+        np.testing.assert_array_equal(new, english)
+        parts = np.split(end[path], 3, axis)
+        np.testing.assert_array_equal(np.concatenate(parts[:2], axis), before[path])
+        assert (parts[2] != new).any()
+    assert {row["setting"] for row in rows} == {"unseen_language", "seen"}
