@@ -1,7 +1,8 @@
-"""The parts of a T5's layers as plain Flax: projections, norms, embedding, attention with its cache, feed-forward.
+"""The parts of the networks' layers as plain Flax: projections, norms, embedding, T5's attention, feed-forward.
 
-Each part takes the sizes that it needs and nothing else; `t5.py` puts them together. Parameter names and logical axes
-are T5X's. Shapes: `B` batch, `Q` query and `L` key positions, `D` width, `H` heads, `V` vocabulary.
+Each part takes the sizes that it needs and nothing else; `t5.py`, `decoder.py` and `encoder.py` put them together.
+Parameter names and logical axes are T5X's. Shapes: `B` batch, `Q` query and `L` key positions, `D` width, `H` heads,
+`V` vocabulary.
 """
 
 import dataclasses
@@ -17,42 +18,72 @@ Array = jax.Array
 ACTIVATIONS = {
     "relu": nn.relu,
     "gelu": lambda x: nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
     "silu": nn.silu,
     "linear": lambda x: x,
 }
 MASKED = -1e10
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
 
 
 class Dense(nn.Module):
-    """`x [..., D] -> x @ kernel [..., K]`, without bias; the kernel is 2-D as in T5X."""
+    """`x [..., D] -> x @ kernel [..., K]`, plus a bias `[K]` where there is one; the kernel is 2-D as in T5X."""
 
     features: int
     kernel_axes: tuple[str, str]
     dtype: str = "float32"
     scale: float = 1.0  # variance of the initial kernel, over fan-in
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
         shape = (x.shape[-1], self.features)
         kernel = param_with_axes("kernel", init, shape, jnp.float32, axes=self.kernel_axes)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            zeros, axes = nn.initializers.zeros, self.kernel_axes[1:]
+            bias = param_with_axes("bias", zeros, (self.features,), jnp.float32, axes=axes)
+            y = y + bias.astype(self.dtype)
+        return y
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm without mean or bias, computed in float32."""
+    """Root mean square norm without mean or bias, computed in float32: `x / rms(x) * (offset + scale)`."""
 
     dtype: str = "float32"
     epsilon: float = 1e-6
+    offset: float = 0.0
+    axis: str = "embed"  # what the last axis is
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = param_with_axes(
-            "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
-        )
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = param_with_axes("scale", init, (x.shape[-1],), jnp.float32, axes=(self.axis,))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
+        return (x * (self.offset + scale)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis with scale and bias, computed in float32."""
+
+    dtype: str = "float32"
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape, axes = (x.shape[-1],), ("embed",)
+        scale = param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=axes)
+        bias = param_with_axes("bias", nn.initializers.zeros, shape, jnp.float32, axes=axes)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale + bias).astype(self.dtype)
 
 
 class Embed(nn.Module):
@@ -209,21 +240,23 @@ class MLP(nn.Module):
     deterministic: bool
     dropout_rate: float = 0.0
     dtype: str = "float32"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        def dense(width: int, axes: tuple[str, str], name: str) -> Dense:
+            return Dense(width, axes, self.dtype, use_bias=self.use_bias, name=name)
+
         gated = len(self.activations) > 1
         hidden = None
         for i, activation in enumerate(self.activations):
             name = f"wi_{i}" if gated else "wi"
-            unit = ACTIVATIONS[activation](
-                Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
-            )
+            unit = ACTIVATIONS[activation](dense(self.mlp_dim, ("embed", "mlp"), name)(x))
             hidden = unit if hidden is None else hidden * unit
         hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
             hidden, deterministic=self.deterministic
         )
-        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+        return dense(x.shape[-1], ("mlp", "embed"), "wo")(hidden)
 
 
 class CachePosition(nn.Module):

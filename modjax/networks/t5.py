@@ -25,12 +25,6 @@ from modjax.networks import layers
 
 Array = jax.Array
 
-_REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
@@ -89,10 +83,10 @@ class T5Config:
                     f"T5Config.mlp_activations: unknown {name!r}."
                     + nearest(name, layers.ACTIVATIONS)
                 )
-        if self.remat_policy not in _REMAT_POLICIES:
+        if self.remat_policy not in layers.REMAT_POLICIES:
             raise ValueError(
                 f"T5Config.remat_policy: unknown {self.remat_policy!r}."
-                + nearest(self.remat_policy, _REMAT_POLICIES)
+                + nearest(self.remat_policy, layers.REMAT_POLICIES)
             )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.")
@@ -165,7 +159,9 @@ class Stack(nn.Module):
         if cfg.remat_policy != "none" and not step.decode:
             # Inside a scan the loop already keeps XLA from undoing the recomputation.
             layer = nn.remat(
-                layer, policy=_REMAT_POLICIES[cfg.remat_policy], prevent_cse=not cfg.scan_layers
+                layer,
+                policy=layers.REMAT_POLICIES[cfg.remat_policy],
+                prevent_cse=not cfg.scan_layers,
             )
         depth = cfg.num_decoder_layers if self.decoder else cfg.num_encoder_layers
         if cfg.scan_layers:
