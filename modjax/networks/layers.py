@@ -92,20 +92,21 @@ class Embed(nn.Module):
     vocab_size: int
     emb_dim: int
     dtype: str = "float32"
+    stddev: float = 1.0  # of the initial values
 
     def setup(self) -> None:
-        shape = (self.vocab_size, self.emb_dim)
+        init, shape = nn.initializers.normal(self.stddev), (self.vocab_size, self.emb_dim)
         self.embedding = param_with_axes(
-            "embedding", nn.initializers.normal(1.0), shape, jnp.float32, axes=("vocab", "embed")
+            "embedding", init, shape, jnp.float32, axes=("vocab", "embed")
         )
 
     def __call__(self, tokens: Array) -> Array:
         return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
 
-    def attend(self, x: Array) -> Array:
-        """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D)."""
+    def attend(self, x: Array, scaled: bool = True) -> Array:
+        """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D) unless told otherwise."""
         logits = jnp.dot(x.astype(jnp.float32), self.embedding.astype(jnp.float32).T)
-        return logits / jnp.sqrt(jnp.float32(x.shape[-1]))
+        return logits / jnp.sqrt(jnp.float32(x.shape[-1])) if scaled else logits
 
 
 def position_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:
