@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Of buffers that some models store beside their weights; listed, but not read.
+_OTHER_DTYPES: dict[str, Any] = {
+    "BOOL": np.dtype(np.bool_),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
 _DEFAULT_SHARD_BYTES = 2_000_000_000
 _CHUNK_BYTES = 64_000_000
@@ -48,12 +54,12 @@ class TensorFiles:
     Attributes:
       directory: the folder.
       shapes: tensor name -> shape, for every tensor in the files.
-      dtypes: tensor name -> numpy dtype of the file.
+      dtypes: tensor name -> numpy dtype of the file. Integers and booleans are listed, not read.
 
     Raises (on opening):
       HubError: no safetensors in the folder (with what to do about other formats), a missing or
-        truncated file, an index that does not fit its shards, or a tensor that is not floating
-        point.
+        truncated file, an index that does not fit its shards, or a tensor of a dtype that numpy does
+        not have.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -72,8 +78,16 @@ class TensorFiles:
                 f"{listed(absent)}."
             )
 
+    def check_floating(self, names: Iterable[str]) -> None:
+        """Raises HubError, naming the tensor, if one of these is not floating point."""
+        for name in names:
+            for kind, dtype in _OTHER_DTYPES.items():
+                if self.dtypes[name] == dtype:
+                    raise HubError(_not_readable(self.directory, name, kind))
+
     def read(self, name: str) -> np.ndarray:
-        """The tensor, C-contiguous, in the file's dtype."""
+        """The tensor, C-contiguous, in the file's dtype; HubError if that is not floating point."""
+        self.check_floating([name])
         return self._file_of[name].get_tensor(name)
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
@@ -127,14 +141,11 @@ class TensorFiles:
             if weight_map.get(name, file_name) != file_name:
                 continue
             view = opened.get_slice(name)
-            if view.get_dtype() not in DTYPES:
-                raise HubError(
-                    f"{path}: tensor {name} has dtype {view.get_dtype()}; readable are "
-                    f"{', '.join(DTYPES)}. Quantised weights must be saved again in a floating "
-                    "point dtype."
-                )
+            dtype = {**DTYPES, **_OTHER_DTYPES}.get(view.get_dtype())
+            if dtype is None:
+                raise HubError(_not_readable(path, name, view.get_dtype()))
             self.shapes[name] = tuple(view.get_shape())
-            self.dtypes[name] = DTYPES[view.get_dtype()]
+            self.dtypes[name] = dtype
             self._file_of[name] = opened
 
 
@@ -144,7 +155,7 @@ def write_tensors(
     *,
     dtype: str | None = None,
     max_shard_bytes: int = _DEFAULT_SHARD_BYTES,
-    last: Mapping[str, str] | None = None,
+    last: Mapping[str, str | Callable[[], str]] | None = None,
 ) -> None:
     """Writes arrays as one `model.safetensors`, or where that is too large as shards and an index.
 
@@ -156,11 +167,12 @@ def write_tensors(
 
     Args:
       directory: created where it does not exist.
-      tensors: name -> array (numpy or jax), floating point; shapes are free.
+      tensors: name -> array (numpy, jax, or anything that numpy can make one of), floating point;
+        shapes are free. One at a time is held in memory beside what is given.
       dtype: float32, bfloat16, float16 or float64 to write in; None keeps each array's own.
-      max_shard_bytes: size of a file; a single larger tensor has a file of its own. One shard is
-        held in memory.
-      last: file name -> text, written after everything else.
+      max_shard_bytes: size of a file; a single larger tensor has a file of its own.
+      last: file name -> text, or what gives it once the tensors are written; written after
+        everything else.
 
     Raises:
       HubError: an unknown dtype, or a tensor that is not floating point.
@@ -190,7 +202,7 @@ def write_tensors(
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             staging.add(INDEX, _text_writer(json.dumps(index, indent=2) + "\n"))
         for file_name, text in (last or {}).items():
-            staging.add(file_name, _text_writer(text))
+            staging.add(file_name, _text_writer(text() if callable(text) else text))
         for file_name in last or {}:
             (folder / file_name).unlink(missing_ok=True)
         stale = [*folder.glob("model*.safetensors"), folder / INDEX]
@@ -227,6 +239,13 @@ def explain_other_format(path: Path) -> str:
     return f"{path} is a file; give the folder that holds config.json and {SINGLE}."
 
 
+def _not_readable(where: Path, name: str, dtype: str) -> str:
+    return (
+        f"{where}: tensor {name} has dtype {dtype}; readable are {', '.join(DTYPES)}. Quantised "
+        "weights must be saved again in a floating point dtype."
+    )
+
+
 def _no_weights(directory: Path) -> str:
     there = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
     other = [name for name in there if name.endswith(_OTHER_WEIGHTS)]
@@ -253,13 +272,28 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def _shard_writer(
     tensors: Mapping[str, Any], names: list[str], dtype: np.dtype | None
 ) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        import safetensors.numpy
+    """Writes the format itself, tensor by tensor: the library would hold the whole shard, twice."""
 
-        # The library writes memory as it lies, so views (a transpose, a slice of a stack) are laid
-        # out first.
-        arrays = {n: np.array(tensors[n], dtype=dtype, order="C", copy=None) for n in names}
-        safetensors.numpy.save_file(arrays, path)
+    def write(path: Path) -> None:
+        kinds = {kind: code for code, kind in DTYPES.items()}
+        header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+        at = 0
+        # Wide dtypes first, so that every tensor is aligned.
+        order = sorted(names, key=lambda n: (-(dtype or np.dtype(tensors[n].dtype)).itemsize, n))
+        for name in order:
+            kind = dtype or np.dtype(tensors[name].dtype)
+            stop = at + int(tensors[name].size) * kind.itemsize
+            shape = [int(length) for length in tensors[name].shape]
+            header[name] = {"dtype": kinds[kind], "shape": shape, "data_offsets": [at, stop]}
+            at = stop
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                # Views (a transpose, a slice of a stack) are laid out first.
+                array = np.array(tensors[name], dtype=dtype, order="C", copy=None)
+                file.write(array.reshape(-1).view(np.uint8).data)
 
     return write
 

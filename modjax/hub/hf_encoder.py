@@ -1,0 +1,239 @@
+"""Hugging Face's BERT, RoBERTa and XLM-R in our names, without torch.
+
+How theirs and ours differ: a linear weight is `[out, in]` there and a kernel `[in, out]` here; everything else is a
+change of name. Their names come with the model's prefix ("bert.", "roberta.") where it was saved with a head, and
+files of TensorFlow's BERT call the norms' weights gamma and beta.
+
+Our token 0 is padding. Where theirs is another one (RoBERTa, XLM-R: 1), a batch holds their ids plus one.
+
+A head comes from the files: "pooled" is the linear layer of BertForSequenceClassification (and of the multiple choice
+models), "dense" the two layers of RobertaForSequenceClassification. The heads of pretraining are left behind.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from modjax.errors import nearest
+from modjax.hub.errors import HubError, listed
+from modjax.hub.safetensors_io import TensorFiles
+from modjax.hub.sources import Source
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+
+_PREFIXES = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta."}
+_ACTIVATIONS = {
+    "gelu": "gelu_exact",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "relu": "relu",
+}
+# Buffers that every load computes anew, and the heads of pretraining.
+_IGNORED = r"embeddings\.position_ids|cls\.(predictions|seq_relationship)\..*|lm_head\..*"
+_EMBEDDINGS = {
+    "token_embedder": "word_embeddings",
+    "encoder/position_embedder": "position_embeddings",
+    "encoder/type_embedder": "token_type_embeddings",
+}
+_LAYER = {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/out": "attention.output.dense",
+    "mlp/wi": "intermediate.dense",
+    "mlp/wo": "output.dense",
+}
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
+
+
+def read_config(
+    config: Mapping[str, Any], files: TensorFiles
+) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Fields of `EncoderConfig` for a Hugging Face config.json, and where each parameter comes from.
+
+    Args:
+      config: config.json, with a `model_type` of MODEL_TYPES.
+      files: the tensors; they decide about the pooler, the head and its outputs.
+
+    Returns:
+      `(network, sources)`. `network` says sizes, activation, the tokens' and positions' offsets, pooler and head, not
+      what a run chooses (dropout, precision, scanning, rematerialisation). `sources` has a key for every parameter of
+      the unrolled network, joined with "/".
+
+    Raises:
+      HubError: a field is missing, the model computes something that our network does not, or the files hold tensors
+        that have no place in it; they are named.
+    """
+    _refuse_other_arithmetic(config)
+    names = _names(config["model_type"], files)
+    head = _head(config, names, files)
+    pad = config.get("pad_token_id")
+    if pad is None:
+        pad = 0 if config["model_type"] == "bert" else 1
+    network = {
+        "vocab_size": _rows(config, "vocab_size", "word_embeddings", names, files),
+        "token_offset": 0 if pad == 0 else 1,
+        **_sizes(config, files),
+        "mlp_activations": (_activation(config),),
+        "norm_epsilon": float(config.get("layer_norm_eps", 1e-12)),
+        "max_positions": _rows(
+            config, "max_position_embeddings", "position_embeddings", names, files
+        ),
+        "position_offset": 0 if config["model_type"] == "bert" else int(pad) + 1,
+        "type_vocab_size": _rows(config, "type_vocab_size", "token_type_embeddings", names, files),
+        "pooler": "pooler.dense.weight" in names,
+        **head,
+    }
+    theirs = _theirs(network)
+    sources = {ours: Source(names.get(t, t), transpose) for ours, (t, transpose) in theirs.items()}
+    used = {source.tensor for source in sources.values()}
+    files.check_floating(sorted(used & files.shapes.keys()))
+    left = [
+        tensor
+        for name, tensor in names.items()
+        if tensor not in used and not re.fullmatch(_IGNORED, name)
+    ]
+    if left:
+        raise HubError(
+            f"{files.directory}: tensors that have no place in this network: {listed(left)}. Does config.json belong "
+            "to these weights? (An adapter, or a head for tokens or answers, is not read here.)"
+        )
+    return network, sources
+
+
+def _names(model_type: str, files: TensorFiles) -> dict[str, str]:
+    """The files' tensors by their name without prefix and with today's names of the norms."""
+    names: dict[str, str] = {}
+    for tensor in files.shapes:
+        name = tensor.removeprefix(_PREFIXES[model_type])
+        name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name)
+        name = re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
+        if name in names:
+            raise HubError(
+                f"{files.directory} holds {name} twice, as {names[name]} and as {tensor}: remove one."
+            )
+        names[name] = tensor
+    return names
+
+
+def _theirs(network: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+    """Each of our parameters: their name of it, and whether its axes are reversed."""
+    names: dict[str, tuple[str, bool]] = {}
+
+    def norm(ours: str, theirs: str) -> None:
+        names[f"{ours}/scale"] = (f"{theirs}.weight", False)
+        names[f"{ours}/bias"] = (f"{theirs}.bias", False)
+
+    def dense(ours: str, theirs: str) -> None:
+        names[f"{ours}/kernel"] = (f"{theirs}.weight", True)
+        names[f"{ours}/bias"] = (f"{theirs}.bias", False)
+
+    for ours, theirs in _EMBEDDINGS.items():
+        names[f"{ours}/embedding"] = (f"embeddings.{theirs}.weight", False)
+    norm("encoder/embedding_norm", "embeddings.LayerNorm")
+    for i in range(network["num_layers"]):
+        for ours, theirs in _LAYER.items():
+            dense(f"encoder/layers_{i}/{ours}", f"encoder.layer.{i}.{theirs}")
+        for ours, theirs in _NORMS.items():
+            norm(f"encoder/layers_{i}/{ours}", f"encoder.layer.{i}.{theirs}")
+    if network["pooler"]:
+        dense("pooler", "pooler.dense")
+    if network["head"] == "dense":
+        dense("classifier/dense", "classifier.dense")
+        dense("classifier/out", "classifier.out_proj")
+    elif network["head"] == "pooled":
+        dense("classifier/out", "classifier")
+    return names
+
+
+def _sizes(config: Mapping[str, Any], files: TensorFiles) -> dict[str, int]:
+    try:
+        width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        sizes = {
+            "mlp_dim": int(config["intermediate_size"]),
+            "num_layers": int(config["num_hidden_layers"]),
+        }
+    except KeyError as error:
+        raise HubError(f"{files.directory}/config.json has no field {error}.") from error
+    if heads < 1 or width % heads:
+        raise HubError(
+            f"{files.directory}/config.json: hidden_size {width} does not divide into {heads} heads."
+        )
+    return {"emb_dim": width, "num_heads": heads, "head_dim": width // heads, **sizes}
+
+
+def _rows(
+    config: Mapping[str, Any], field: str, table: str, names: Mapping[str, str], files: TensorFiles
+) -> int:
+    """Rows of an embedding; a vocabulary may be padded beyond what config.json says, nothing else."""
+    name = f"embeddings.{table}.weight"
+    if name not in names:
+        raise HubError(f"{files.directory} has no tensor {name}.")
+    rows = files.shapes[names[name]][0]
+    said = int(config.get(field) or rows)
+    if field == "vocab_size" and said < rows:
+        warnings.warn(
+            f"{names[name]} has {rows} rows, config.json says vocab_size {said}: the last {rows - said} are kept as "
+            "padding of the vocabulary.",
+            stacklevel=5,
+        )
+    elif said != rows:
+        raise HubError(
+            f"{files.directory}: config.json says {field} {said}, {names[name]} has {rows} rows."
+        )
+    return rows
+
+
+def _head(
+    config: Mapping[str, Any], names: Mapping[str, str], files: TensorFiles
+) -> dict[str, str | int]:
+    """The fields `head` and `num_outputs`."""
+    if "classifier.dense.weight" in names:
+        head, last = "dense", "classifier.out_proj.weight"
+    elif "classifier.weight" in names:
+        head, last = "pooled", "classifier.weight"
+    else:
+        return {"head": "none", "num_outputs": 0}
+    # A head for each token may have the same names and shapes.
+    tasks = config.get("architectures") or []
+    if tasks and not any(
+        re.search("For(SequenceClassification|MultipleChoice)$", t) for t in tasks
+    ):
+        raise HubError(
+            f"{files.directory}: its head ({last}) is that of {', '.join(tasks)}, which is not computed here; "
+            "known are the heads for SequenceClassification and MultipleChoice."
+        )
+    if head == "pooled" and "pooler.dense.weight" not in names:
+        raise HubError(
+            f"{files.directory}: {names[last]} is a head, but there is no pooler (pooler.dense.weight) that it could "
+            "read. Heads for tokens are not computed here."
+        )
+    if last not in names:
+        raise HubError(f"{files.directory} has classifier.dense.weight but no {last}.")
+    return {"head": head, "num_outputs": files.shapes[names[last]][0]}
+
+
+def _refuse_other_arithmetic(config: Mapping[str, Any]) -> None:
+    """Settings under which the same weights mean another function than our network computes."""
+    positions = config.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        raise HubError(
+            f"position_embedding_type is {positions!r}; our encoders have absolute positions."
+        )
+    for field in ("is_decoder", "add_cross_attention", "is_encoder_decoder", "pruned_heads"):
+        if config.get(field):
+            raise HubError(
+                f"{field} is {config[field]}: an encoder alone, with all its heads, is computed here."
+            )
+    if config.get("quantization_config"):
+        raise HubError(
+            "config.json has a quantization_config: quantised weights must be saved again in a floating point dtype."
+        )
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    name = str(config.get("hidden_act") or "gelu")
+    if name not in _ACTIVATIONS:
+        raise HubError(f"hidden_act {name!r} is not computed here." + nearest(name, _ACTIVATIONS))
+    return _ACTIVATIONS[name]
