@@ -91,7 +91,8 @@ class TensorFiles:
         return self._file_of[name].get_tensor(name)
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
-        """The tensor in slices along its first axis, of at most some 64 MB each."""
+        """The tensor in slices along its first axis, of at most some 64 MB each; errors as `read`."""
+        self.check_floating([name])
         shape = self.shapes[name]
         row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * self.dtypes[name].itemsize
         step = max(1, _CHUNK_BYTES // max(1, row_bytes))
