@@ -24,12 +24,12 @@ FAMILIES = {
     "bert": ("Bert", dict(max_position_embeddings=40), 0),
     "roberta": (
         "Roberta",
-        dict(max_position_embeddings=42, type_vocab_size=1, layer_norm_eps=1e-5),
+        dict(max_position_embeddings=42, type_vocab_size=1, layer_norm_eps=1e-3),
         1,
     ),
     "xlm-roberta": (
         "XLMRoberta",
-        dict(max_position_embeddings=42, type_vocab_size=1, layer_norm_eps=1e-5),
+        dict(max_position_embeddings=42, type_vocab_size=1, layer_norm_eps=1e-3),
         1,
     ),
 }
