@@ -28,6 +28,7 @@ setuptools.setup(
         "tqdm>=4.66",
         # Data, evaluation and the entry points.
         "seqio>=0.0.20",
+        "tokenizers>=0.22",
         "gin-config>=0.5.0",
         "sacrebleu>=2.5",
     ],
