@@ -240,7 +240,7 @@ class Decoder(nn.Module):
             embed = layers.Embed(
                 cfg.max_positions, cfg.emb_dim, cfg.dtype, stddev, name="position_embedder"
             )
-            x = x + embed(jnp.clip(here, 0, cfg.max_positions - 1))
+            x = x + embed(jnp.maximum(here, 0))
         dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         x = dropout(x, deterministic=step.deterministic).astype(cfg.dtype)
         windows, tables, distance = cfg.layer_windows(), None, None
@@ -335,8 +335,10 @@ class Transformer(nn.Module):
             index, here, there = self.slots(tokens.shape, max_decode_length, prompt_lengths)
             mask = (there >= 0)[:, None] & (there[:, None] <= here[:, :, None])
             if prefix is not None:
+                # It sees itself whole, also a last token that is not kept because it will be fed again.
                 ahead = jnp.pad(prefix > 0, ((0, 0), (0, there.shape[1] - prefix.shape[1])))
-                mask = mask | ((prefix > 0)[:, :, None] & (ahead & (there >= 0))[:, None])
+                mask = mask | ((prefix > 0)[:, :, None] & ahead[:, None])
+                there = there.at[:, : tokens.shape[1]].set(here)
         else:
             if prompt_lengths is not None:
                 raise ValueError("prompt_lengths are for decode=True.")

@@ -200,7 +200,7 @@ def hf_decoder(tmp_path_factory):
                 if not name.endswith("bias") and "Gemma" not in kind:
                     weight.data += 1.0
             elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
-                torch.nn.init.normal_(weight, std=0.5)
+                torch.nn.init.normal_(weight, std=0.3)
             else:
                 fan_in = weight.shape[0 if kind == "GPT2LMHead" else 1]
                 torch.nn.init.normal_(weight, std=gain * fan_in**-0.5)
