@@ -27,6 +27,19 @@ VARIANTS = (
     "gemma2",
     "gemma3",
 )
+RECIPE = ("AutoModelForImageTextToText", "Gemma3ForCausalLM")
+SMALL_GEMMA = dict(
+    vocab_size=67,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    layer_types=["sliding_attention", "full_attention"],
+    sliding_window=7,
+    eos_token_id=1,
+)
 LENGTHS, WIDTH = np.array([50, 9, 23]), 50
 
 
@@ -122,3 +135,43 @@ def test_cached_decoding_of_unequal_prompts_equals_transformers(hf_decoder, vari
         differences.append(np.abs(np.asarray(ours)[:, 0] - logits[rows, prompts + t]).max())
     print(f"{variant}, steps: {max(differences):.1e}")
     assert max(differences) < 2e-5
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama3"])
+def test_a_model_saved_without_its_tied_output_layer_is_the_same_base(
+    hf_decoder, tmp_path, variant
+):
+    model, folder = hf_decoder(variant)
+    model.base_model.save_pretrained(tmp_path)
+    fields, params = hub.load_base(tmp_path)
+    expected_fields, expected = hub.load_base(folder)
+    assert fields == expected_fields
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_the_recipe_for_a_gemma3_for_images_works_as_printed(tmp_path):
+    import transformers
+
+    text = dict(transformers.Gemma3TextConfig().to_dict(), **SMALL_GEMMA)
+    vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | dict(image_size=16, patch_size=8)
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
+    model.save_pretrained(tmp_path / "images")
+    with pytest.raises(hub.HubError, match="for images and text") as error:
+        hub.load_base(tmp_path / "images")
+    names = {name: getattr(transformers, name) for name in RECIPE}
+    recipe = str(error.value).split("transformers: ")[1]
+    exec(recipe, names | {"SRC": tmp_path / "images", "DST": tmp_path / "text"})
+
+    fields, params = hub.load_base(tmp_path / "text")
+    ids, there = padded(left=False)
+    with torch.no_grad():
+        mask = torch.tensor(there.astype(np.int64))
+        expected = model(input_ids=torch.tensor(ids), attention_mask=mask).logits.numpy()
+    network = decoder.Transformer(decoder.DecoderConfig(**fields))
+    ours = network.apply({"params": params}, jnp.where(there, ids, 0))
+    equal(ours, expected, there, "text model")
