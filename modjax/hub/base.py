@@ -1,12 +1,14 @@
-"""Loading and saving the frozen base of a T5: a Hugging Face folder, or one of our own.
+"""Loading and saving a frozen base: a Hugging Face folder, or one of our own.
 
 Our own folder holds safetensors whose tensors are named as our parameters, joined with "/" and
 always unrolled (`encoder/layers_0/attention/query/kernel`), and a config.json
 
     {"format": "modjax", "version": 1, "network": "t5", "config": {"vocab_size": 384, ...}}
 
-A folder loads completely or not at all: every parameter the network has must be there in its shape,
-and nothing else.
+with "huggingface", the configuration that it was imported from, where there is one (the way back
+needs it); beside them the tokenizer's files and fingerprint.json, where it was imported. A folder
+loads completely or not at all: every parameter the network has must be there in its shape, and
+nothing else.
 """
 
 import dataclasses
@@ -19,12 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from modjax.errors import nearest
-from modjax.hub import hf_t5
 from modjax.hub.errors import HubError, listed
+from modjax.hub.kinds import KINDS, Kind, name_of
 from modjax.hub.layers import flatten, unflatten, unstack_layers
 from modjax.hub.safetensors_io import (
     TensorFiles,
@@ -33,13 +34,11 @@ from modjax.hub.safetensors_io import (
     read_json,
     write_tensors,
 )
-from modjax.networks import t5
+from modjax.hub.sources import Source
 
 FORMAT = "modjax"
 VERSION = 1
 
-# What a run chooses; the same weights serve any choice, so a folder does not say it.
-_RUN_FIELDS = ("dropout_rate", "scan_layers", "remat_policy", "dtype")
 _logger = logging.getLogger(__name__)
 
 
@@ -49,34 +48,33 @@ def load_base(
     """Reads a base network's configuration and weights.
 
     Args:
-      path: a folder: of `save_base`, or of transformers' `save_pretrained` (model_type t5, mt5 or
-        umt5).
+      path: a folder: of `save_base`, or of transformers' `save_pretrained` (see `kinds`).
       dtype: float32, bfloat16, ... to convert the weights to while reading; None keeps the files'
         own.
       scan_layers: stack the layers, for a network with `scan_layers=True`.
 
     Returns:
-      `(overrides, params)`. `T5Config(**overrides)` is the network of `params`; `overrides` says
-      nothing about dropout, activations' precision or rematerialisation, which a run chooses.
-      `params` are nested dicts of numpy arrays. Beside what is returned, one tensor is held in
-      memory at a time.
+      `(overrides, params)`. The kind's configuration with `overrides` (`T5Config(**overrides)`) is
+      that of the network of `params`; `overrides` says nothing about dropout, activations'
+      precision or rematerialisation, which a run chooses. `params` are nested dicts of numpy
+      arrays. Beside what is returned, some rows of one tensor are held in memory at a time.
 
     Raises:
       HubError: what is missing, superfluous, truncated or in another format, by name, and what to
         do.
     """
-    base = _open(path)
-    overrides = {**base.network, "scan_layers": scan_layers}
-    expected = _expected_shapes(t5.T5Config(**overrides)) if scan_layers else base.shapes
+    base = open_base(path)
+    overrides = {**base.fields, "scan_layers": scan_layers}
+    expected = base.kind.shapes(base.kind.config(**overrides)) if scan_layers else base.shapes
     target = None if dtype is None else float_dtype(dtype)
-    _warn_float16(base, target)
-    params = {name: _read(name, shape, base, target) for name, shape in expected.items()}
+    base.warn_float16(target)
+    params = {name: base.read(name, shape, target) for name, shape in expected.items()}
     count = sum(x.size for x in params.values())
     _logger.info(
         "base %s: %s parameters, vocabulary of %d rows, %s.",
         path,
         f"{count:,}",
-        base.network["vocab_size"],
+        base.fields["vocab_size"],
         " and ".join(sorted({x.dtype.name for x in params.values()})),
     )
     return overrides, unflatten(params)
@@ -84,12 +82,32 @@ def load_base(
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The overrides of `load_base` without `scan_layers`, from headers alone; same errors."""
-    return dict(_open(path).network)
+    return dict(open_base(path).fields)
+
+
+def config_of(path: str | os.PathLike[str], network: str | None = None, **changes: Any) -> Any:
+    """The configuration of the network whose weights lie in a folder.
+
+    Args:
+      path: the folder.
+      network: the kind of network it must be, if not any: "t5", "decoder" or "encoder".
+      **changes: fields of the configuration: what a run chooses, and an encoder's head.
+
+    Raises:
+      HubError: as `load_base`; or the folder holds another kind of network.
+    """
+    base = open_base(path)
+    if network is not None and base.network != network:
+        raise HubError(
+            f"{path} holds a network of the kind {base.network!r}, not {network!r}: use "
+            f"{base.kind.gin}."
+        )
+    return base.kind.config(**{**base.fields, **changes})
 
 
 def save_base(
     path: str | os.PathLike[str],
-    config: t5.T5Config,
+    config: Any,
     params: Mapping[str, Any],
     dtype: str | None = None,
     *,
@@ -99,11 +117,11 @@ def save_base(
 
     Args:
       path: the folder, created where it does not exist.
-      config: the network's.
+      config: the network's (T5Config, DecoderConfig, EncoderConfig).
       params: its parameters (no adapters), scanned or unrolled as `config.scan_layers` says; numpy
         or jax arrays.
       dtype: to write in; None keeps each array's own.
-      max_shard_bytes: size of a file, and of what is held in memory beside `params`.
+      max_shard_bytes: size of a file.
 
     Raises:
       HubError: `params` are not exactly the network's parameters; what differs is named.
@@ -111,54 +129,113 @@ def save_base(
     """
     flat = flatten(params)
     shapes = {name: tuple(x.shape) for name, x in flat.items()}
-    _compare(_expected_shapes(config), shapes, "these parameters")
+    _compare(KINDS[name_of(config)].shapes(config), shapes, "these parameters")
     if config.scan_layers:
         host = {name: np.asarray(x) if "/layers/" in name else x for name, x in flat.items()}
         flat = flatten(unstack_layers(unflatten(host)))
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUN_FIELDS}
-    text = {"format": FORMAT, "version": VERSION, "network": "t5", "config": fields}
     write_tensors(
         path,
         flat,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        last={"config.json": json.dumps(text, indent=2) + "\n"},
+        last={"config.json": describe(config)},
     )
 
 
+def describe(config: Any, huggingface: Mapping[str, Any] | None = None) -> str:
+    """The text of a config.json of ours."""
+    network = name_of(config)
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k in KINDS[network].fields}
+    text = {"format": FORMAT, "version": VERSION, "network": network, "config": fields}
+    if huggingface is not None:
+        text["huggingface"] = huggingface
+    return json.dumps(text, indent=2) + "\n"
+
+
 @dataclasses.dataclass(frozen=True)
-class _Base:
-    """A folder whose names and shapes fit its network; nothing but headers was read."""
+class Base:
+    """A folder whose names and shapes fit its network; nothing but headers was read.
 
-    network: dict[str, Any]
+    Attributes:
+      network: the kind's name.
+      fields: of its configuration, without what a run chooses.
+      files: the tensors.
+      sources: where each parameter of the unrolled network comes from.
+      shapes: of those parameters.
+      huggingface: config.json as Hugging Face has it; None for a base that was never theirs.
+    """
+
+    network: str
+    fields: dict[str, Any]
     files: TensorFiles
-    sources: Mapping[str, hf_t5.Source]  # by unrolled parameter name
-    shapes: Mapping[str, tuple[int, ...]]  # of the unrolled network
+    sources: Mapping[str, Source]
+    shapes: Mapping[str, tuple[int, ...]]
+    huggingface: Mapping[str, Any] | None
+
+    @property
+    def kind(self) -> Kind:
+        """What is known about such networks."""
+        return KINDS[self.network]
+
+    def dtype_of(self, name: str) -> np.dtype:
+        """The dtype of an unrolled parameter in the files."""
+        return self.files.dtypes[self.sources[name].tensor]
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray:
+        """One parameter as the network holds it; a stacked one is filled layer by layer."""
+        stacked = "/layers/" in name
+        layers = [name]
+        if stacked:
+            layers = [name.replace("/layers/", f"/layers_{i}/", 1) for i in range(shape[0])]
+        if dtype is None:
+            kinds = [self.dtype_of(layer) for layer in layers]
+            dtype = functools.reduce(np.promote_types, kinds)
+        out = np.empty(shape, dtype)
+        for i, layer in enumerate(layers):
+            self.sources[layer].fill(out[i] if stacked else out, self.files)
+        return out
+
+    def warn_float16(self, dtype: np.dtype | None) -> None:
+        """Says where half precision is dangerous."""
+        kinds = set(self.files.dtypes.values()) if dtype is None else {dtype}
+        if self.network == "t5" and np.dtype(np.float16) in kinds:
+            warnings.warn(
+                f"{self.files.directory}: weights in float16. T5-family activations overflow "
+                "float16 (mT5 above all) and give NaN: run in bfloat16 or float32, and load with "
+                "dtype='bfloat16' or 'float32'.",
+                stacklevel=3,
+            )
 
 
-def _open(path: str | os.PathLike[str]) -> _Base:
+def open_base(path: str | os.PathLike[str]) -> Base:
+    """Reads a folder's headers and checks that it holds a network, whole; errors as `load_base`."""
     folder = Path(path)
     config = _read_config(folder)
     files = TensorFiles(folder)
     if config.get("format") == FORMAT:
-        network = _own_network(config, folder)
-        sources = {name: hf_t5.Source(name) for name in files.shapes}
-    elif config.get("model_type") in hf_t5.MODEL_TYPES:
-        network, sources = hf_t5.read_config(config, files)
+        network, fields = _own_network(config, folder)
+        sources = {name: Source(name) for name in files.shapes}
+        huggingface = config.get("huggingface")
     else:
-        raise HubError(
-            f"{folder}/config.json is neither ours ('format': '{FORMAT}') nor a Hugging Face T5: "
-            f"model_type is {config.get('model_type')!r}; known: {', '.join(hf_t5.MODEL_TYPES)}."
-        )
+        network = _kind_of(config, folder)
+        fields, sources = KINDS[network].huggingface.read_config(config, files)
+        huggingface = config
+    kind = KINDS[network]
+    files.check_floating(s.tensor for s in sources.values() if s.tensor in files.shapes)
     found = {
         name: source.shape(files.shapes[source.tensor])
         for name, source in sources.items()
         if source.tensor in files.shapes
     }
     theirs = {name: source.tensor for name, source in sources.items()}
-    expected = _expected_shapes(t5.T5Config(**network))
+    expected = kind.shapes(kind.config(**fields))
     _compare(expected, found, str(folder), theirs)
-    return _Base(network, files, sources, expected)
+    return Base(network, fields, files, sources, expected, huggingface)
+
+
+def is_base(path: str | os.PathLike[str]) -> bool:
+    """Whether a path looks like a base, whole or not: a folder with a config.json."""
+    return (Path(path) / "config.json").is_file()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -179,31 +256,36 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _own_network(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    if config.get("version") != VERSION or config.get("network") != "t5":
+def _kind_of(config: Mapping[str, Any], folder: Path) -> str:
+    model_type = config.get("model_type")
+    for name, kind in KINDS.items():
+        if model_type in kind.huggingface.MODEL_TYPES:
+            return name
+    known = [name for kind in KINDS.values() for name in kind.huggingface.MODEL_TYPES]
+    raise HubError(
+        f"{folder}/config.json is neither ours ('format': '{FORMAT}') nor of a Hugging Face model "
+        f"that is computed here: model_type is {model_type!r}; known: {', '.join(known)}."
+    )
+
+
+def _own_network(config: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
+    network = config.get("network")
+    if config.get("version") != VERSION or network not in KINDS:
         raise HubError(
-            f"{folder}/config.json is version {config.get('version')!r} of network "
-            f"{config.get('network')!r}; readable is version {VERSION} of network 't5'."
+            f"{folder}/config.json is version {config.get('version')!r} of network {network!r}; "
+            f"readable is version {VERSION} of {', '.join(KINDS)}."
         )
-    network = dict(config.get("config") or {})
-    known = [f.name for f in dataclasses.fields(t5.T5Config) if f.name not in _RUN_FIELDS]
-    for name in network:
+    fields = dict(config.get("config") or {})
+    known = KINDS[network].fields
+    for name in fields:
         if name not in known:
             raise HubError(f"{folder}/config.json: unknown field {name!r}." + nearest(name, known))
-    absent = [name for name in known if name not in network]
+    absent = [name for name in known if name not in fields]
     if absent:
         raise HubError(f"{folder}/config.json: 'config' lacks {listed(absent)}.")
-    network["mlp_activations"] = tuple(network["mlp_activations"])
-    return network
-
-
-def _expected_shapes(config: t5.T5Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the network by name, told by the network itself."""
-    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-    variables = jax.eval_shape(
-        t5.Transformer(config).init, jax.random.key(0), tokens, tokens, tokens
-    )
-    return {name: tuple(leaf.shape) for name, leaf in flatten(variables["params"]).items()}
+    # Configurations turn JSON's lists into their tuples.
+    made = KINDS[network].config(**fields)
+    return network, {name: getattr(made, name) for name in known}
 
 
 def _compare(
@@ -232,39 +314,3 @@ def _compare(
         problems.append(f"has other shapes: {'; '.join(wrong[:8])}")
     if problems:
         raise HubError(f"{where} does not fit its configuration: it {'; and it '.join(problems)}.")
-
-
-def _read(name: str, shape: tuple[int, ...], base: _Base, dtype: np.dtype | None) -> np.ndarray:
-    """One parameter as the network holds it; a stacked one is filled layer by layer."""
-
-    if "/layers/" not in name:
-        return np.array(_tensor(base, name), dtype=dtype, order="C", copy=None)
-    unrolled = [name.replace("/layers/", f"/layers_{i}/", 1) for i in range(shape[0])]
-    if dtype is None:
-        kinds = [base.files.dtypes[base.sources[layer].tensor] for layer in unrolled]
-        dtype = functools.reduce(np.promote_types, kinds)
-    stacked = np.empty(shape, dtype)
-    for i, layer in enumerate(unrolled):
-        stacked[i] = _tensor(base, layer)
-    return stacked
-
-
-def _tensor(base: _Base, name: str) -> np.ndarray:
-    source = base.sources[name]
-    tensor = base.files.read(source.tensor)
-    if not np.isfinite(tensor).all():
-        raise HubError(
-            f"{base.files.directory}: tensor {source.tensor} holds values that are not finite."
-        )
-    return source.apply(tensor)
-
-
-def _warn_float16(base: _Base, dtype: np.dtype | None) -> None:
-    kinds = set(base.files.dtypes.values()) if dtype is None else {dtype}
-    if np.dtype(np.float16) in kinds:
-        warnings.warn(
-            f"{base.files.directory}: weights in float16. T5-family activations overflow float16 "
-            "(mT5 above all) and give NaN: run in bfloat16 or float32, and load with "
-            "dtype='bfloat16' or 'float32'.",
-            stacklevel=3,
-        )

@@ -16,11 +16,20 @@ from typing import Any
 from modjax.hub import hf_decoder_config
 from modjax.hub.errors import HubError, listed
 from modjax.hub.safetensors_io import TensorFiles
-from modjax.hub.sources import Source
+from modjax.hub.sources import Source, Target, targets
 
 # The last one is refused, with the way to its text model.
 MODEL_TYPES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")
 
+_CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 # Buffers that every load computes anew.
 _IGNORED = r"h\.\d+\.attn\.(bias|masked_bias)|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 _HEAD = "lm_head.weight"
@@ -73,20 +82,59 @@ def read_config(
         **hf_decoder_config.fields(settings, str(files.directory)),
         "logits_via_embedding": tied,
     }
-    theirs = _gpt2_tensors(network) if kind == "gpt2" else _llama_tensors(network)
-    sources = {
-        ours: dataclasses.replace(source, tensor=names.get(source.tensor, source.tensor))
-        for ours, source in theirs.items()
+    found = {}
+    for ours, source in sources(kind, network).items():
+        name = _bare(source.tensor)
+        found[ours] = dataclasses.replace(source, tensor=names.get(name, name))
+    _check_tensors(found, names, tied, files)
+    return network, found
+
+
+def export(
+    config: Mapping[str, Any], network: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Target]]:
+    """config.json and the tensors of a network of ours, as transformers and `read_config` read them.
+
+    Args:
+      config: the config.json that the network was imported from.
+      network: the fields of its `DecoderConfig`.
+    """
+    kind = str(config["model_type"])
+    changes = {
+        "architectures": [_CLASSES[kind]],
+        "vocab_size": network["vocab_size"],
+        "tie_word_embeddings": network["logits_via_embedding"],
     }
-    _check_tensors(sources, names, tied, files)
-    return network, sources
+    return {**config, **changes}, targets(sources(kind, network))
+
+
+def sources(model_type: str, network: Mapping[str, Any]) -> dict[str, Source]:
+    """Where each parameter of the unrolled network lies in a file of today's transformers, by our names.
+
+    Args:
+      model_type: one of MODEL_TYPES.
+      network: the fields of a `DecoderConfig`.
+    """
+    bare = _gpt2_tensors(network) if model_type == "gpt2" else _llama_tensors(network)
+    prefix = "transformer." if model_type == "gpt2" else "model."
+    return {
+        ours: dataclasses.replace(
+            source, tensor=source.tensor if source.tensor == _HEAD else prefix + source.tensor
+        )
+        for ours, source in bare.items()
+    }
+
+
+def _bare(tensor: str) -> str:
+    """A tensor's name without prefix."""
+    return re.sub(r"^(model|transformer)\.", "", tensor)
 
 
 def _names(files: TensorFiles) -> dict[str, str]:
     """The files' tensors by their name without prefix."""
     names: dict[str, str] = {}
     for tensor in files.shapes:
-        name = re.sub(r"^(model|transformer)\.", "", tensor)
+        name = _bare(tensor)
         if name in names:
             raise HubError(
                 f"{files.directory} holds {name} twice, as {names[name]} and as {tensor}: remove one."
@@ -195,9 +243,9 @@ def _llama_tensors(network: Mapping[str, Any]) -> dict[str, Source]:
 
 
 def _check_tensors(
-    sources: Mapping[str, Source], names: Mapping[str, str], tied: bool, files: TensorFiles
+    found: Mapping[str, Source], names: Mapping[str, str], tied: bool, files: TensorFiles
 ) -> None:
-    used = {source.tensor for source in sources.values()}
+    used = {source.tensor for source in found.values()}
     files.check_floating(sorted(used & files.shapes.keys()))
     used |= {_HEAD} if tied else set()
     left = [
@@ -211,7 +259,7 @@ def _check_tensors(
             "to these weights? (An adapter, or a head of another task, is not a base.)"
         )
     ends: dict[str, int] = {}
-    for source in sources.values():
+    for source in found.values():
         if source.part is not None:
             ends[source.tensor] = max(ends.get(source.tensor, 0), source.part[1])
     for tensor, end in ends.items():

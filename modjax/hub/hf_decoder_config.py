@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modjax.errors import nearest
+from modjax.hub import tokenizers
 from modjax.hub.errors import HubError, listed
 from modjax.networks.rope import KINDS, Rope
 
@@ -76,12 +77,11 @@ def fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
       HubError: a field is missing, or a setting is not computed here; it is named.
     """
-    pad = settings.get("pad_token_id")
     try:
         own = _gpt2(settings) if settings["model_type"] == "gpt2" else _llama(settings)
     except KeyError as error:
         raise HubError(f"{where}/config.json has no field {error}.") from error
-    return {"token_offset": 0 if pad == 0 else 1, **own}
+    return {"token_offset": tokenizers.token_offset(settings), **own}
 
 
 def _gpt2(settings: Mapping[str, Any]) -> dict[str, Any]:

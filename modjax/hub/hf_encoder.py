@@ -10,19 +10,27 @@ A head comes from the files: "pooled" is the linear layer of BertForSequenceClas
 models), "dense" the two layers of RobertaForSequenceClassification. The heads of pretraining are left behind.
 """
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from modjax.errors import nearest
+from modjax.hub import tokenizers
 from modjax.hub.errors import HubError, listed
 from modjax.hub.safetensors_io import TensorFiles
-from modjax.hub.sources import Source
+from modjax.hub.sources import Source, Target, targets
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 
 _PREFIXES = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta."}
+# With a head: the classes' names begin so, and this is the head they have.
+_CLASSES = {
+    "bert": ("Bert", "pooled"),
+    "roberta": ("Roberta", "dense"),
+    "xlm-roberta": ("XLMRoberta", "dense"),
+}
 _ACTIVATIONS = {
     "gelu": "gelu_exact",
     "gelu_new": "gelu",
@@ -73,7 +81,7 @@ def read_config(
         pad = 0 if config["model_type"] == "bert" else 1
     network = {
         "vocab_size": _rows(config, "vocab_size", "word_embeddings", names, files),
-        "token_offset": 0 if pad == 0 else 1,
+        "token_offset": tokenizers.token_offset(config),
         **_sizes(config, files),
         "mlp_activations": (_activation(config),),
         "norm_epsilon": float(config.get("layer_norm_eps", 1e-12)),
@@ -85,9 +93,11 @@ def read_config(
         "pooler": "pooler.dense.weight" in names,
         **head,
     }
-    theirs = _theirs(network)
-    sources = {ours: Source(names.get(t, t), transpose) for ours, (t, transpose) in theirs.items()}
-    used = {source.tensor for source in sources.values()}
+    found = {}
+    for ours, source in sources(config["model_type"], network).items():
+        name = source.tensor.removeprefix(_PREFIXES[config["model_type"]])
+        found[ours] = dataclasses.replace(source, tensor=names.get(name, name))
+    used = {source.tensor for source in found.values()}
     files.check_floating(sorted(used & files.shapes.keys()))
     left = [
         tensor
@@ -99,7 +109,41 @@ def read_config(
             f"{files.directory}: tensors that have no place in this network: {listed(left)}. Does config.json belong "
             "to these weights? (An adapter, or a head for tokens or answers, is not read here.)"
         )
-    return network, sources
+    return network, found
+
+
+def export(
+    config: Mapping[str, Any], network: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Target]]:
+    """config.json and the tensors of a network of ours with a head, as transformers and `read_config` read them.
+
+    Args:
+      config: the config.json that the network was imported from.
+      network: the fields of its `EncoderConfig`.
+
+    Raises:
+      HubError: the network's head is not the one that the model's class has.
+    """
+    kind = config["model_type"]
+    name, head = _CLASSES[kind]
+    if network["head"] != head:
+        raise HubError(
+            f"the network's head is {network['head']!r}, and {name}ForSequenceClassification has {head!r}: there is no "
+            f"class of transformers for it. Train with launch.config_of.head = {head!r}."
+        )
+    # A class whose head does not read the pooler has none.
+    written = sources(kind, {**network, "pooler": head == "pooled"})
+    labels = config.get("id2label") or {}
+    if len(labels) != network["num_outputs"]:
+        labels = {str(i): f"LABEL_{i}" for i in range(network["num_outputs"])}
+    changes = {
+        "architectures": [f"{name}ForSequenceClassification"],
+        "vocab_size": network["vocab_size"],
+        "id2label": labels,
+        "label2id": {label: int(i) for i, label in labels.items()},
+    }
+    kept = {key: value for key, value in config.items() if key != "num_labels"}
+    return {**kept, **changes}, targets(written)
 
 
 def _names(model_type: str, files: TensorFiles) -> dict[str, str]:
@@ -117,33 +161,39 @@ def _names(model_type: str, files: TensorFiles) -> dict[str, str]:
     return names
 
 
-def _theirs(network: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
-    """Each of our parameters: their name of it, and whether its axes are reversed."""
-    names: dict[str, tuple[str, bool]] = {}
+def sources(model_type: str, network: Mapping[str, Any]) -> dict[str, Source]:
+    """Where each parameter of the unrolled network lies in a file of today's transformers, by our names.
+
+    Args:
+      model_type: one of MODEL_TYPES.
+      network: the fields of an `EncoderConfig`.
+    """
+    names: dict[str, Source] = {}
 
     def norm(ours: str, theirs: str) -> None:
-        names[f"{ours}/scale"] = (f"{theirs}.weight", False)
-        names[f"{ours}/bias"] = (f"{theirs}.bias", False)
+        names[f"{ours}/scale"] = Source(f"{theirs}.weight")
+        names[f"{ours}/bias"] = Source(f"{theirs}.bias")
 
     def dense(ours: str, theirs: str) -> None:
-        names[f"{ours}/kernel"] = (f"{theirs}.weight", True)
-        names[f"{ours}/bias"] = (f"{theirs}.bias", False)
+        names[f"{ours}/kernel"] = Source(f"{theirs}.weight", transpose=True)
+        names[f"{ours}/bias"] = Source(f"{theirs}.bias")
 
+    prefix = _PREFIXES[model_type]
     for ours, theirs in _EMBEDDINGS.items():
-        names[f"{ours}/embedding"] = (f"embeddings.{theirs}.weight", False)
-    norm("encoder/embedding_norm", "embeddings.LayerNorm")
+        names[f"{ours}/embedding"] = Source(f"{prefix}embeddings.{theirs}.weight")
+    norm("encoder/embedding_norm", f"{prefix}embeddings.LayerNorm")
     for i in range(network["num_layers"]):
         for ours, theirs in _LAYER.items():
-            dense(f"encoder/layers_{i}/{ours}", f"encoder.layer.{i}.{theirs}")
+            dense(f"encoder/layers_{i}/{ours}", f"{prefix}encoder.layer.{i}.{theirs}")
         for ours, theirs in _NORMS.items():
-            norm(f"encoder/layers_{i}/{ours}", f"encoder.layer.{i}.{theirs}")
+            norm(f"encoder/layers_{i}/{ours}", f"{prefix}encoder.layer.{i}.{theirs}")
     if network["pooler"]:
-        dense("pooler", "pooler.dense")
+        dense("pooler", f"{prefix}pooler.dense")
     if network["head"] == "dense":
         dense("classifier/dense", "classifier.dense")
-        dense("classifier/out", "classifier.out_proj")
+        dense("classifier/logits_dense", "classifier.out_proj")
     elif network["head"] == "pooled":
-        dense("classifier/out", "classifier")
+        dense("classifier/logits_dense", "classifier")
     return names
 
 

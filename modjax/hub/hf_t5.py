@@ -18,6 +18,8 @@ config.json:
 
 Our network knows "tied and scaled" and "separate and not scaled". The two other combinations become
 a separate output layer: a copy of the embedding, or a kernel that is multiplied by 1/sqrt(D) once.
+On the way back a model is written as transformers 5 reads it: an mT5 that is tied and scaled gets
+such a kernel, and that of a umT5 is multiplied by sqrt(D).
 """
 
 import dataclasses
@@ -30,8 +32,12 @@ import numpy as np
 from modjax.errors import nearest
 from modjax.hub.errors import HubError, listed
 from modjax.hub.safetensors_io import TensorFiles
+from modjax.hub.sources import Source, Target, targets
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
+
+_CLASSES = {name: f"{name.upper()}ForConditionalGeneration" for name in MODEL_TYPES}
+_WRITTEN_FOR = "5.23.0"  # of transformers; see the table above
 
 _ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu"}
 _EMBEDDING = "shared.weight"
@@ -41,23 +47,6 @@ _EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight
 _HEAD = "lm_head.weight"
 # Published T5 1.0 files still carry this one; no version of the model has ever read it.
 _IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where one of our parameters comes from: a tensor of the files, and what is done to it."""
-
-    tensor: str
-    transpose: bool = False
-    factor: float = 1.0
-
-    def shape(self, of_tensor: tuple[int, ...]) -> tuple[int, ...]:
-        return of_tensor[::-1] if self.transpose else of_tensor
-
-    def apply(self, tensor: np.ndarray) -> np.ndarray:
-        if self.factor != 1.0:
-            tensor = (tensor.astype(np.float32) * np.float32(self.factor)).astype(tensor.dtype)
-        return tensor.T if self.transpose else tensor
 
 
 def read_config(
@@ -102,20 +91,92 @@ def read_config(
         "relpos_buckets": int(config.get("relative_attention_num_buckets") or 32),
         "relpos_max_distance": int(config.get("relative_attention_max_distance") or 128),
     }
-    sources = _body(network, files)
+    found = sources(str(config["model_type"]), network)
+    found["token_embedder/embedding"] = Source(_embedding(files))
     if not network["logits_via_embedding"]:
-        sources["decoder/logits_dense/kernel"] = Source(
+        found["decoder/logits_dense/kernel"] = Source(
             _embedding(files) if tied else _HEAD,
             transpose=True,
             factor=network["emb_dim"] ** -0.5 if scaled else 1.0,
         )
-    _check_leftovers(sources, tied, files)
-    return network, sources
+    _check_leftovers(found, tied, files)
+    return network, found
 
 
-def _body(network: Mapping[str, Any], files: TensorFiles) -> dict[str, Source]:
-    """Everything but a separate output layer, by our names: unrolled layers, joined with "/"."""
-    names = {"token_embedder/embedding": Source(_embedding(files))}
+def export(
+    config: Mapping[str, Any], network: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Target]]:
+    """config.json and the tensors of a network of ours, as transformers 5 and `read_config` read them.
+
+    Args:
+      config: the config.json that the network was imported from.
+      network: the fields of its `T5Config`.
+    """
+    kind, tied = str(config["model_type"]), bool(network["logits_via_embedding"])
+    tensors = targets(sources(kind, network))
+    scale = float(network["emb_dim"]) ** 0.5
+    if kind == "mt5" and tied:
+        tied = False
+        tensors[_HEAD] = Target(("token_embedder/embedding",), factor=1.0 / scale)
+    elif kind == "umt5" and not tied:
+        tensors[_HEAD] = dataclasses.replace(tensors[_HEAD], factor=scale)
+    changes: dict[str, Any] = {
+        "architectures": [_CLASSES[kind]],
+        "vocab_size": network["vocab_size"],
+        "tie_word_embeddings": tied,
+        "transformers_version": _WRITTEN_FOR,
+    }
+    if kind == "t5":
+        changes["scale_decoder_outputs"] = tied
+    return {**config, **changes}, tensors
+
+
+def config_of(network: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json for a network that did not come from Hugging Face, to be given to `export`.
+
+    Args:
+      network: the fields of its `T5Config`.
+
+    Raises:
+      HubError: transformers has no name for its activations.
+    """
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    first, *rest = network["mlp_activations"]
+    if first not in names or rest not in ([], ["linear"]):
+        raise HubError(
+            f"transformers' T5 does not compute mlp_activations {network['mlp_activations']}."
+        )
+    projection = f"gated-{names[first]}" if rest else names[first]
+    return {
+        "model_type": "umt5" if network["relpos_per_layer"] else "t5",
+        "is_encoder_decoder": True,
+        "d_model": network["emb_dim"],
+        "num_heads": network["num_heads"],
+        "d_kv": network["head_dim"],
+        "d_ff": network["mlp_dim"],
+        "num_layers": network["num_encoder_layers"],
+        "num_decoder_layers": network["num_decoder_layers"],
+        "feed_forward_proj": "gated-gelu" if projection == "gated-gelu_new" else projection,
+        "relative_attention_num_buckets": network["relpos_buckets"],
+        "relative_attention_max_distance": network["relpos_max_distance"],
+        "layer_norm_epsilon": 1e-6,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def sources(model_type: str, network: Mapping[str, Any]) -> dict[str, Source]:
+    """Where each parameter of the unrolled network lies in a file of today's transformers, by our names.
+
+    Args:
+      model_type: one of MODEL_TYPES, which all have the same names.
+      network: the fields of a `T5Config`.
+    """
+    del model_type
+    names = {"token_embedder/embedding": Source(_EMBEDDING)}
+    if not network["logits_via_embedding"]:
+        names["decoder/logits_dense/kernel"] = Source(_HEAD, transpose=True)
     for stack in ("encoder", "decoder"):
         names[f"{stack}/{stack}_norm/scale"] = Source(f"{stack}.final_layer_norm.weight")
         for i in range(network[f"num_{stack}_layers"]):
@@ -249,9 +310,9 @@ def _output_layer(config: Mapping[str, Any], files: TensorFiles) -> tuple[bool, 
     return tied, model_type == "umt5"
 
 
-def _check_leftovers(sources: Mapping[str, Source], tied: bool, files: TensorFiles) -> None:
+def _check_leftovers(found: Mapping[str, Source], tied: bool, files: TensorFiles) -> None:
     embedding = _embedding(files)
-    used = {source.tensor for source in sources.values()} | set(_IGNORED)
+    used = {source.tensor for source in found.values()} | set(_IGNORED)
     left = [name for name in files.shapes if name not in used]
     copies = [name for name in left if name in _EMBEDDING_COPIES or (name == _HEAD and tied)]
     for name in copies:

@@ -33,6 +33,7 @@ _OTHER_DTYPES: dict[str, Any] = {
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
+Contents = str | bytes
 _DEFAULT_SHARD_BYTES = 2_000_000_000
 _CHUNK_BYTES = 64_000_000
 
@@ -156,9 +157,10 @@ def write_tensors(
     *,
     dtype: str | None = None,
     max_shard_bytes: int = _DEFAULT_SHARD_BYTES,
-    last: Mapping[str, str | Callable[[], str]] | None = None,
+    last: Mapping[str, Contents | Callable[[], Contents]] | None = None,
+    stem: str = "model",
 ) -> None:
-    """Writes arrays as one `model.safetensors`, or where that is too large as shards and an index.
+    """Writes arrays as one `<stem>.safetensors`, or where that is too large as shards and an index.
 
     All data is on disk under temporary names before a file of an earlier model in the folder is
     touched, so a full disk leaves the earlier model whole. Then `last` (say, config.json) is
@@ -172,8 +174,9 @@ def write_tensors(
         shapes are free. One at a time is held in memory beside what is given.
       dtype: float32, bfloat16, float16 or float64 to write in; None keeps each array's own.
       max_shard_bytes: size of a file; a single larger tensor has a file of its own.
-      last: file name -> text, or what gives it once the tensors are written; written after
+      last: file name -> contents, or what gives them once the tensors are written; written after
         everything else.
+      stem: what the files of tensors are called.
 
     Raises:
       HubError: an unknown dtype, or a tensor that is not floating point.
@@ -190,23 +193,24 @@ def write_tensors(
     shards = _shards(sizes, max_shard_bytes)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    index_file = f"{stem}.safetensors.index.json"
     if len(shards) == 1:
-        files = {SINGLE: shards[0]}
+        files = {f"{stem}.safetensors": shards[0]}
     else:
         total = len(shards)
-        files = {f"model-{i + 1:05}-of-{total:05}.safetensors": s for i, s in enumerate(shards)}
+        files = {f"{stem}-{i + 1:05}-of-{total:05}.safetensors": s for i, s in enumerate(shards)}
     with _Staging(folder) as staging:
         for file_name, names in files.items():
             staging.add(file_name, _shard_writer(tensors, names, target))
         if len(shards) > 1:
             weight_map = {name: file for file, names in files.items() for name in sorted(names)}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            staging.add(INDEX, _text_writer(json.dumps(index, indent=2) + "\n"))
+            staging.add(index_file, _text_writer(json.dumps(index, indent=2) + "\n"))
         for file_name, text in (last or {}).items():
             staging.add(file_name, _text_writer(text() if callable(text) else text))
         for file_name in last or {}:
             (folder / file_name).unlink(missing_ok=True)
-        stale = [*folder.glob("model*.safetensors"), folder / INDEX]
+        stale = [*folder.glob(f"{stem}*.safetensors"), folder / index_file]
         for path in stale:
             if path.name not in staging.names:
                 path.unlink(missing_ok=True)
@@ -277,7 +281,7 @@ def _shard_writer(
 
     def write(path: Path) -> None:
         kinds = {kind: code for code, kind in DTYPES.items()}
-        header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         # Wide dtypes first, so that every tensor is aligned.
         order = sorted(names, key=lambda n: (-(dtype or np.dtype(tensors[n].dtype)).itemsize, n))
@@ -299,9 +303,9 @@ def _shard_writer(
     return write
 
 
-def _text_writer(text: str) -> Callable[[Path], None]:
+def _text_writer(text: Contents) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
     return write
 

@@ -50,6 +50,8 @@ _OTHER_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
+# All of a tokenizer's files, in other people's folders and ours.
+FILES = (_FAST, *_SENTENCE_PIECE, *_OTHER_FILES)
 _GENERATION = "generation_config.json"
 _T5 = ("t5", "mt5", "umt5")
 # Whose config.json may leave out that they pad with token 0.
@@ -128,7 +130,7 @@ def copy(
     description = describe(source)
     destination.mkdir(parents=True, exist_ok=True)
     (destination / VOCABULARY).unlink(missing_ok=True)
-    for name in (_FAST, *_SENTENCE_PIECE, *_OTHER_FILES):
+    for name in FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, destination / name)
         else:

@@ -233,7 +233,9 @@ class Classifier(nn.Module):
             )
             x = jnp.tanh(dense(x))
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
-        return layers.Dense(cfg.num_outputs, ("embed", "vocab"), use_bias=True, name="out")(x)
+        return layers.Dense(
+            cfg.num_outputs, ("embed", "vocab"), use_bias=True, name="logits_dense"
+        )(x)
 
 
 class Transformer(nn.Module):

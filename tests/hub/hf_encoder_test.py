@@ -142,8 +142,8 @@ def test_each_weight_lands_where_its_name_says(write):
         "encoder/layers_1/mlp_norm/bias": f"{layer}.output.LayerNorm.bias",
         "pooler/kernel": "bert.pooler.dense.weight",
         "pooler/bias": "bert.pooler.dense.bias",
-        "classifier/out/kernel": "classifier.weight",
-        "classifier/out/bias": "classifier.bias",
+        "classifier/logits_dense/kernel": "classifier.weight",
+        "classifier/logits_dense/bias": "classifier.bias",
     }
     assert {name for name in ours if "layers_0" not in name} == expected.keys()
     for name, theirs in expected.items():
@@ -161,8 +161,8 @@ def test_roberta_has_its_offsets_and_its_head_of_two_layers(write, model_type):
     assert (network.pooler, network.head, network.num_outputs) == (False, "dense", 1)
     for name, theirs in {
         "classifier/dense/kernel": "classifier.dense.weight",
-        "classifier/out/kernel": "classifier.out_proj.weight",
-        "classifier/out/bias": "classifier.out_proj.bias",
+        "classifier/logits_dense/kernel": "classifier.out_proj.weight",
+        "classifier/logits_dense/bias": "classifier.out_proj.bias",
     }.items():
         np.testing.assert_array_equal(ours[name], tensors[theirs].T)
 
@@ -295,7 +295,7 @@ def test_a_configuration_that_is_another_function_is_refused(write, changes, mes
             dict(architectures=["BertForTokenClassification"]),
             "BertForTokenClassification, which is not computed here",
         ),
-        (hf_tensors(**{"classifier.weight": (3, WIDTH)}), {}, "lacks classifier/out/bias"),
+        (hf_tensors(**{"classifier.weight": (3, WIDTH)}), {}, "lacks classifier/logits_dense/bias"),
         (
             hf_tensors(**{"classifier.dense.weight": (WIDTH, WIDTH)}),
             {},

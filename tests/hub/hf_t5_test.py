@@ -242,7 +242,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(hf):
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05"),
         ({"pad_token_id": 3}, "pad_token_id is 3"),
         ({"d_kv": None}, "has no field 'd_kv'"),
-        ({"model_type": "llama"}, "model_type is 'llama'; known: t5, mt5, umt5"),
+        ({"model_type": "gptj"}, "model_type is 'gptj'; known: t5, mt5, umt5, gpt2, llama"),
     ],
 )
 def test_a_network_that_we_do_not_compute_is_refused(hf, change, message):

@@ -124,10 +124,12 @@ def reference(config, params, tokens, types):
             hidden = gelu_tanh(affine(mlp["wi_0"], x)) * affine(mlp["wi_1"], x)
         x = norm(layer["mlp_norm"], x + affine(mlp["wo"], hidden), epsilon)
     if config.head == "pooled":
-        return x, affine(params["classifier"]["out"], np.tanh(affine(params["pooler"], x[0])))
+        return x, affine(
+            params["classifier"]["logits_dense"], np.tanh(affine(params["pooler"], x[0]))
+        )
     if config.head == "dense":
         dense = np.tanh(affine(params["classifier"]["dense"], x[0]))
-        return x, affine(params["classifier"]["out"], dense)
+        return x, affine(params["classifier"]["logits_dense"], dense)
     return x, x
 
 
@@ -287,8 +289,8 @@ def test_names_shapes_and_axes_are_those_of_the_field(scan):
         "pooler/bias": ((12,), ("mlp",)),
         "classifier/dense/kernel": ((12, 12), ("embed", "mlp")),
         "classifier/dense/bias": ((12,), ("mlp",)),
-        "classifier/out/kernel": ((12, 1), ("embed", "vocab")),
-        "classifier/out/bias": ((1,), ("vocab",)),
+        "classifier/logits_dense/kernel": ((12, 1), ("embed", "vocab")),
+        "classifier/logits_dense/bias": ((1,), ("vocab",)),
     }
 
 

@@ -1,0 +1,105 @@
+"""Models in and out, on the command line: `python -m modjax.hub COMMAND --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from modjax import mistakes
+from modjax.hub import hf_import
+from modjax.hub.errors import HubError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m modjax.hub", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _import_hf(commands)
+    _verify(commands)
+    _export_peft(commands)
+    _export_hf(commands)
+    args = vars(parser.parse_args(argv))
+    run = args.pop("run")
+    try:
+        run(**args)
+    except Exception as error:
+        if not (isinstance(error, OSError) or mistakes.is_users(error)):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _import_hf(commands: argparse._SubParsersAction) -> None:
+    def run(source: str, destination: str, **options: object) -> None:
+        base = hf_import.import_hf(source, destination, **options)  # type: ignore[arg-type]
+        print(f"{destination}: {base.network}, {len(base.shapes)} arrays; BASE for {base.kind.gin}")
+
+    text = "A Hugging Face model as a base directory of ours."
+    command = commands.add_parser("import_hf", help=text, description=text)
+    command.add_argument("source", help="a folder, or a name on the hub")
+    command.add_argument("destination", help="the folder to write")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; the files' own if absent")
+    command.add_argument("--revision", help="of a model on the hub")
+    command.add_argument("--force", action="store_true", help="write over what is there")
+    command.set_defaults(run=run)
+
+
+def _verify(commands: argparse._SubParsersAction) -> None:
+    def run(path: str) -> None:
+        print(f"{path}: {hf_import.verify(path)} arrays are as they were written")
+
+    text = "Compares a base directory with its fingerprint."
+    command = commands.add_parser("verify", help=text, description=text)
+    command.add_argument("path")
+    command.set_defaults(run=run)
+
+
+def _export_peft(commands: argparse._SubParsersAction) -> None:
+    def run(trained: str, destination: str, features: str, **options: object) -> None:
+        from modjax.hub.peft import export_peft
+
+        config = export_peft(trained, destination, _features(features), **options)  # type: ignore[arg-type]
+        print(f"{destination}: {config['peft_type']} for {', '.join(config['target_modules'])}")
+
+    _export(commands, "export_peft", "One dataset's adapter for PEFT.").set_defaults(run=run)
+
+
+def _export_hf(commands: argparse._SubParsersAction) -> None:
+    def run(trained: str, destination: str, features: str, **options: object) -> None:
+        from modjax.hub.export import export_hf
+
+        written = export_hf(trained, destination, _features(features), **options)  # type: ignore[arg-type]
+        print(f"{destination}: {written['architectures'][0]} in {written['dtype']}")
+
+    command = _export(commands, "export_hf", "The model for transformers, adapters merged in.")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; the base's if absent")
+    command.set_defaults(run=run)
+
+
+def _export(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.add_argument("trained", metavar="RUN", help="a checkpoint, or a MODEL_DIR")
+    command.add_argument("destination", help="the folder to write")
+    command.add_argument(
+        "--features",
+        default="",
+        help="the dataset's, as task=parse,language=sw; see docs/export.md",
+    )
+    command.add_argument("--base", help="the folder of the run's base, if it has moved")
+    command.add_argument("--force", action="store_true", help="write over what is there")
+    return command
+
+
+def _features(text: str) -> dict[str, str | tuple[str, ...]]:
+    """`task=parse,language=sw` as a dictionary; a feature that is named twice has both values."""
+    found: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, text.split(",")):
+        name, sign, value = part.partition("=")
+        if not (name and sign and value):
+            raise HubError(f"--features {text}: {part!r} is not of the form NAME=VALUE.")
+        found[name] = (*found.get(name, ()), value)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
