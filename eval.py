@@ -11,6 +11,7 @@ Results of other runs join the report by COMPARE_WITH, a list of their EVAL_OUTP
 """
 
 import datetime
+import functools
 import importlib
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax
 
-from modjax import checkpoints, initialize, launch, partitioning
+from modjax import checkpoints, initialize, launch, models, partitioning
 from modjax.features import FeatureSpace
 
 RUN = "run.json"
@@ -47,6 +48,7 @@ def evaluate(
     max_examples: int | None = None,
     switch_off: Mapping[str, Sequence[str]] | None = None,
     unknown: str = "none",
+    choice_scores: str = "sum",
     use_cached_tasks: bool = False,
     compare_with: Sequence[str] = (),
     model_parallel: int = 1,
@@ -73,6 +75,8 @@ def evaluate(
       max_examples: of each dataset, the first so many; all if None.
       switch_off: setting -> features that are none there, as {"unseen_pair": ("language",)}.
       unknown: a value that the checkpoint's feature space lacks is "none" or an "error".
+      choice_scores: how the answers of datasets with choices are compared: by their log probability
+        ("sum"), or by that per token ("mean").
       compare_with: folders of earlier evaluations whose results join the report.
 
     Raises:
@@ -81,7 +85,7 @@ def evaluate(
     """
     from modjax import hub
     from modjax.data import registry
-    from modjax.evaluation import predict, report, results, runner
+    from modjax.evaluation import choices, predict, report, results, runner
 
     first = jax.process_index() == 0
     config = operative_config()
@@ -104,12 +108,7 @@ def evaluate(
         metadata: dict[str, Any] = {"name": "base", "seed": 0, "mixture": None}
         step = 0
     else:
-        model, params, metadata, step = initialize.restore(
-            model,
-            checkpoint_path,
-            weights,
-            lambda space: initialize.example_batch(task_feature_lengths, space),
-        )
+        model, params, metadata, step = initialize.restore(model, checkpoint_path, weights)
         space = FeatureSpace.from_json(metadata["space"])
     params = jax.device_put(params, partitioning.replicated(mesh))
 
@@ -123,10 +122,15 @@ def evaluate(
         split,
         space,
         task_feature_lengths=task_feature_lengths,
+        converter=model.converter,
         unknown=unknown,
         max_examples=max_examples,
         use_cached=use_cached_tasks,
     )
+    choose = None
+    if not isinstance(model, models.EncoderModel):
+        scorer = predict.scorer(model, params, mesh)
+        choose = functools.partial(choices.choose, model, scorer, summary=choice_scores)
     found = runner.evaluate(
         predict.predictor(model, params, mesh, seed=random_seed),
         examples,
@@ -135,6 +139,7 @@ def evaluate(
         seed=metadata.get("seed", 0) if seed is None else seed,
         batch_size=batch_size,
         switch_off=switch_off,
+        choose_fn=choose,
     )
     if not first:
         return found.rows

@@ -47,7 +47,7 @@ def train(
     train_steps: int,
     model_dir: str,
     optimizer: optimizers.Optimizer,
-    base: str,
+    base: str | None,
     *,
     method: str = "",
     mixture_or_task_module: str | Sequence[str] | None = None,
@@ -56,7 +56,7 @@ def train(
     random_seed: int = 0,
     use_cached_tasks: bool = False,
     features: Sequence[str] | None = None,
-    pack: bool = True,
+    pack: bool | None = None,
     max_segments: int | None = None,
     on_too_long: str = "count",
     base_dtype: str | None = None,
@@ -87,10 +87,12 @@ def train(
       method: the name that results are reported under, as that of its gin file.
       base: a folder of weights (see `modjax.hub`), or "random" to start from random weights.
       initial_checkpoint_path: a checkpoint, or a MODEL_DIR, of the same method, whose trained
-        parameters this run starts from (at step 0), unless MODEL_DIR has a checkpoint of its own.
+        parameters this run starts from (at step 0), unless MODEL_DIR has a checkpoint of its own;
+        or the same folder as `base`.
       start: how it starts from there.
       features: which of the tasks' features the feature space has; all of them if None.
-      pack: several examples to a row, at most `max_segments` (a bound from the lengths if None).
+      pack: several examples to a row, at most `max_segments` (a bound from the lengths if None); None for what the
+        model can.
       on_too_long: "count" cuts and counts examples longer than the limit, "error" refuses them.
       base_dtype: precision that the frozen base is kept in, None for that of its files.
       microbatches: parts that a batch is computed in, one after the other.
@@ -104,6 +106,12 @@ def train(
     """
     from modjax.data import checks, converters, pipeline, registry
 
+    if base is None:
+        raise launch.ConfigError(
+            "BASE must be set: --gin.BASE=VALUE, the folder of the base's weights"
+        )
+    if initial_checkpoint_path == base:
+        initial_checkpoint_path = None  # it was the base that was meant
     first = jax.process_index() == 0
     launch.import_tasks(mixture_or_task_module)
     mesh = partitioning.make_mesh(model_parallel)
@@ -127,11 +135,13 @@ def train(
 
     # Shapes first: what does not fit is found before anything is read or computed.
     checks.check_lengths(task_feature_lengths)
+    pack = model.PACKS if pack is None else pack
     if pack and max_segments is None:
         max_segments = converters.default_max_segments(task_feature_lengths)
-    batch = initialize.example_batch(task_feature_lengths, space, max_segments if pack else None)
+    batch = model.example_batch(task_feature_lengths, space, max_segments if pack else None)
     layout = initialize.layout(model, batch, optimizer.groups)
-    _check_vocabulary(registry, mixture_or_task_name, model)
+    for task in registry.tasks_of(mixture_or_task_name):
+        checks.check_vocabularies(task, model)
     names = () if model.adapted is None else model.adapted.names
 
     # The frozen part comes from the base and is identified by its values; the trained part is fresh
@@ -193,6 +203,7 @@ def train(
         space,
         task_feature_lengths=task_feature_lengths,
         batch_size=batch_size,
+        converter=model.converter,
         pack=pack,
         max_segments=max_segments,
         seed=random_seed,
@@ -241,7 +252,7 @@ def train(
     def evaluate(step: int, state: TrainState) -> None:
         for task in registry.tasks_of(eval_mixture or mixture_or_task_name):
             batches = _eval_batches(
-                pipeline, task, eval_split, space, task_feature_lengths, batch_size
+                pipeline, task, eval_split, model, space, task_feature_lengths, batch_size
             )
             sums = trainer.evaluate(state, frozen, itertools.islice(batches, eval_steps))
             if task not in eval_writers:
@@ -295,26 +306,13 @@ def _feature_space(
     return registry.feature_space(mixture, features)
 
 
-def _check_vocabulary(registry: Any, mixture: str, model: Any) -> None:
-    rows = getattr(getattr(model.network, "config", None), "vocab_size", None)
-    import seqio
-
-    for task in registry.tasks_of(mixture):
-        outputs = seqio.get_mixture_or_task(task).output_features
-        size = max(outputs[name].vocabulary.vocab_size for name in ("inputs", "targets"))
-        if rows is not None and size > rows:
-            raise ValueError(
-                f"the vocabulary of task {task!r} has {size} tokens, the base {rows} embeddings: "
-                "train with the vocabulary that the base was made with"
-            )
-
-
 def _describe(model: Any, layout: initialize.Layout) -> str:
     """What trains: the adapted layers, or just the numbers of parameters."""
     if model.adapted is not None:
         params = optimizers.combine(layout.trained, layout.frozen)
         added, base = adapters.split(params, model.adapted)
-        return adapters.table(added, model.adapted, base, layout.rates)
+        _, others = adapters.split(layout.trained, model.adapted)
+        return adapters.table(added, model.adapted, base, layout.rates, others)
     trained, frozen = (
         sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
         for tree in (layout.trained, layout.frozen)
@@ -331,10 +329,21 @@ def _write_info(model_dir: str, model: Any, layout: initialize.Layout, config: s
 
 
 def _eval_batches(
-    pipeline: Any, task: str, split: str, space: FeatureSpace, lengths: Any, batch_size: int
+    pipeline: Any,
+    task: str,
+    split: str,
+    model: Any,
+    space: FeatureSpace,
+    lengths: Any,
+    batch_size: int,
 ) -> Iterator[Any]:
     batches = pipeline.eval_batches(
-        task, split, space, task_feature_lengths=lengths, batch_size=batch_size
+        task,
+        split,
+        space,
+        task_feature_lengths=lengths,
+        batch_size=batch_size,
+        converter=model.converter,
     )
     for batch, _ in batches:
         yield {name: rows for name, rows in batch.items() if name != "valid"}

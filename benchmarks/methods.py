@@ -60,7 +60,7 @@ def step(method: str, base: str, batch_size: int, length: int) -> tuple[int, int
     features = (("task", tuple(tasks)), ("language", tuple(languages)))
     space = FeatureSpace(features, tuple(f"dataset{i}" for i in range(39)))
     model = model.with_space(space)
-    batch = initialize.example_batch(lengths, space, rows=batch_size)
+    batch = model.example_batch(lengths, space, rows=batch_size)
     layout = initialize.layout(model, batch, optimizer.groups)
     mesh = partitioning.make_mesh(1)
     trainer = Trainer(

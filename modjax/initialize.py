@@ -6,14 +6,14 @@ that does not fit is an error that lists what differs.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
-from modjax import adapters, checkpoints, optimizers, partitioning, provenance
+from modjax import adapters, checkpoints, optimizers, partitioning, provenance, quantization
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
 
@@ -66,33 +66,6 @@ class Layout:
     axes: Mapping[str, Sequence[str | None]]
     rates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lazy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def example_batch(
-    lengths: Mapping[str, int], space: FeatureSpace, segments: int | None = None, rows: int = 1
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of an encoder-decoder batch.
-
-    Args:
-      lengths: {"inputs": L, "targets": L}.
-      space: gives the number of feature columns.
-      segments: of a packed row; None if rows are examples.
-      rows: B.
-    """
-
-    def ids(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), np.int32)
-
-    batch = {"encoder_input_tokens": ids(lengths["inputs"])}
-    for name in ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"):
-        batch[name] = ids(lengths["targets"])
-    batch["features"] = ids(segments or 1, space.num_slots)
-    batch["tasks"] = ids(segments or 1)
-    if segments is not None:
-        for stream, name in (("encoder", "inputs"), ("decoder", "targets")):
-            batch[f"{stream}_segment_ids"] = ids(lengths[name])
-            batch[f"{stream}_positions"] = ids(lengths[name])
-    return batch
 
 
 def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Group] = ()) -> Layout:
@@ -267,13 +240,28 @@ def resolve_space(
 
 
 def to_dtype(tree: Tree, dtype: str | None) -> Tree:
-    """Floating leaves in another precision; None leaves them as they are."""
+    """A frozen base in another precision: its floating leaves in float32 or bfloat16, or its weights in int8.
+
+    Args:
+      tree: nested dict of arrays.
+      dtype: "float32", "bfloat16", "int8" (see `modjax.quantization`), or None to leave it as it is.
+
+    Raises:
+      ValueError: another dtype, or nothing is frozen.
+    """
     if dtype is None:
         return tree
-    if dtype not in ("float32", "bfloat16"):
+    if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(
-            f"base_dtype {dtype!r}: use float32 or bfloat16 (float16 overflows in the T5 family)"
+            f"base_dtype {dtype!r}: use float32 or bfloat16, or int8 (float16 overflows in the T5 family)"
         )
+    if not tree:
+        raise ValueError(
+            f"base_dtype {dtype!r} is for a frozen base, and nothing is frozen: everything trains, as with "
+            "methods/full.gin. Leave base_dtype out"
+        )
+    if dtype == "int8":
+        return quantization.quantize(tree)
     target = jax.numpy.dtype(dtype)
 
     def cast(x: Any) -> Any:
@@ -376,7 +364,7 @@ def _no_bank(part: Any) -> Any:
 
 
 def restore(
-    model: Any, checkpoint: Any, base: Tree | None, batch: Callable[[FeatureSpace], Any]
+    model: Any, checkpoint: Any, base: Tree | None, base_dtype: str | None = None
 ) -> tuple[Any, Tree, dict[str, Any], int]:
     """A trained model as it was saved, for evaluation or export.
 
@@ -384,7 +372,7 @@ def restore(
       model: of the checkpoint's method; its feature space is replaced by the checkpoint's.
       checkpoint: a checkpoint, or a MODEL_DIR, whose latest one is taken.
       base: the base's weights, nested dict of host arrays; None if all of it was trained.
-      batch: gives the shapes of a batch for a feature space, see `example_batch`.
+      base_dtype: precision that the frozen base is wanted in, see `to_dtype`.
 
     Returns:
       (model, params, metadata, step): the model bound to the checkpoint's feature space, and the
@@ -400,11 +388,13 @@ def restore(
     model = model.with_space(space)
     method = adapters.describe_method(model.adapted) if model.adapted else "full"
     provenance.check_same("method", metadata["method"], method, where)
-    params = jax.eval_shape(model.init, jax.random.key(0), batch(space))["params"]
+    batch = model.example_batch({"inputs": 1, "targets": 1}, space)  # any lengths will do
+    params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
     shapes = traverse_util.flatten_dict(params, sep="/")
     kept = {path: leaf for path, leaf in shapes.items() if path not in metadata["trained"]}
     wanted = traverse_util.unflatten_dict(kept, sep="/")
     names = model.adapted.names if model.adapted else ()
     frozen = take_base(wanted, base or {}, names, "given")
     provenance.check_same("base", metadata["base"], provenance.fingerprint(frozen), where)
+    frozen = to_dtype(frozen, base_dtype)
     return model, optimizers.combine(trained, frozen), metadata, step

@@ -26,6 +26,8 @@ _IMPORTS = {
     "adapters": "from modjax import adapters",
     "fewshot": "from modjax import fewshot",
     "initialize": "from modjax import initialize",
+    "decoder": "from modjax.networks import decoder",
+    "encoder": "from modjax.networks import encoder",
     "launch": "from modjax import launch",
     "models": "from modjax import models",
     "optimizers": "from modjax import optimizers",
@@ -340,29 +342,67 @@ def import_tasks(modules: str | Sequence[str] | None) -> None:
 
 
 def config_of(
-    path: str,
+    path: str | None,
+    network: str | None = None,
     dropout_rate: float = 0.0,
     scan_layers: bool = False,
     remat_policy: str = "none",
     dtype: str = "float32",
+    head: str | None = None,
+    num_outputs: int | None = None,
 ) -> Any:
     """The configuration of the network whose weights lie in a folder, and what a run chooses beside
     it.
 
     Args:
       path: a folder as `modjax.hub.load_base` reads it.
-      dropout_rate, scan_layers, remat_policy, dtype: see `networks.t5.T5Config`.
+      network: the kind that it must be: "t5", "decoder" or "encoder".
+      dropout_rate, scan_layers, remat_policy, dtype: see the kind's configuration.
+      head, num_outputs: of an encoder, see `networks.encoder.EncoderConfig`; the folder's own if None.
 
-    Returns:
-      A T5Config.
+    Raises:
+      ConfigError: no path.
+      HubError: the folder holds another kind of network, or none.
     """
     from modjax import hub
-    from modjax.networks import t5
 
-    return t5.T5Config(
-        **hub.load_config(path),
-        dropout_rate=dropout_rate,
-        scan_layers=scan_layers,
-        remat_policy=remat_policy,
-        dtype=dtype,
-    )
+    run = {
+        "dropout_rate": dropout_rate,
+        "scan_layers": scan_layers,
+        "remat_policy": remat_policy,
+        "dtype": dtype,
+    }
+    config = hub.config_of(_base(path), network, **run)
+    if head is None and num_outputs is None:
+        return config
+    if head is None:
+        usual = "pooled" if config.pooler else "dense"
+        head = usual if config.head == "none" else config.head
+    return dataclasses.replace(config, head=head, num_outputs=num_outputs or config.num_outputs)
+
+
+def token_id(path: str | None, name: str) -> int | None:
+    """The id of a special token of the base in a folder, counted as in our batches; None if it has no such token.
+
+    Args:
+      path: the folder, with its tokenizer.
+      name: "bos", "eos" or "sep".
+
+    Raises:
+      ConfigError: no path, or no tokenizer in the folder.
+    """
+    from modjax.hub import tokenizers
+
+    found = tokenizers.describe(_base(path))
+    if found is None:
+        raise ConfigError(
+            f"{path} has no tokenizer, so its {name} token is not known: put the tokenizer's files beside the weights, "
+            "or set the token's id on the model."
+        )
+    return found.get(f"{name}_id")
+
+
+def _base(path: str | None) -> str:
+    if path is None:
+        raise ConfigError("BASE must be set: --gin.BASE=VALUE, the folder of the base's weights")
+    return path

@@ -94,16 +94,22 @@ def shardings(
     mesh: Mesh,
     rules: Rules = RULES,
 ) -> dict[str, Any]:
-    """One sharding per leaf of a parameter tree; a leaf without axis names is replicated."""
+    """One sharding per array of a parameter tree; a leaf without axis names is replicated.
+
+    A quantised leaf's arrays have the same axes, and so the same names.
+    """
     flat = traverse_util.flatten_dict(dict(tree), sep="/")
     placed = {}
+
+    def place(leaf: Any, names: Sequence[str | None] | None) -> NamedSharding:
+        part = PartitionSpec() if names is None else spec(names, leaf.shape, mesh, rules)
+        return NamedSharding(mesh, part)
+
     for path, leaf in flat.items():
-        names = axes.get(path)
         try:
-            part = PartitionSpec() if names is None else spec(names, leaf.shape, mesh, rules)
+            placed[path] = jax.tree.map(lambda x, path=path: place(x, axes.get(path)), leaf)
         except ValueError as error:
             raise ValueError(f"parameter {path}: {error}") from error
-        placed[path] = NamedSharding(mesh, part)
     return traverse_util.unflatten_dict(placed, sep="/")
 
 

@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from modjax.features import FeatureSpace  # noqa: E402
-from modjax.networks import t5  # noqa: E402
+from modjax.networks import decoder, encoder, t5  # noqa: E402
 
 VOCAB = 50
 
@@ -56,6 +56,46 @@ def make_t5():
 
 
 @pytest.fixture(scope="session")
+def make_decoder():
+    """Builds a tiny decoder-only network; keywords replace its config's."""
+
+    def make(**options) -> decoder.Transformer:
+        sizes = dict(
+            vocab_size=VOCAB - 1,
+            emb_dim=16,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+            mlp_dim=32,
+            num_layers=2,
+        )
+        return decoder.Transformer(decoder.DecoderConfig(**(sizes | options)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_encoder():
+    """Builds a tiny encoder with a head of three classes; keywords replace its config's."""
+
+    def make(**options) -> encoder.Transformer:
+        sizes = dict(
+            vocab_size=VOCAB,
+            emb_dim=16,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=32,
+            num_layers=2,
+            max_positions=20,
+            head="pooled",
+            num_outputs=3,
+        )
+        return encoder.Transformer(encoder.EncoderConfig(**(sizes | options)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def batch() -> dict:
     """Three unpacked examples with features: (parse, sw), (tag, none), (parse, yo)."""
     rng = np.random.RandomState(0)
@@ -68,6 +108,51 @@ def batch() -> dict:
         "decoder_target_tokens": jnp.asarray(targets),
         "features": jnp.array([[[1, 2]], [[2, 0]], [[1, 3]]], jnp.int32),
         "tasks": jnp.array([[1], [2], [3]], jnp.int32),
+    }
+
+
+@pytest.fixture(scope="session")
+def decoder_batch(batch) -> dict:
+    """The examples of `batch` as one sequence each, inputs before targets, behind the token 1; and their prompts."""
+    rows, width = [], 14
+    for inputs, targets in zip(
+        np.asarray(batch["encoder_input_tokens"]),
+        np.asarray(batch["decoder_target_tokens"]),
+        strict=True,
+    ):
+        asked, told = inputs[inputs > 0], targets[targets > 0]
+        both = np.concatenate([asked, told])
+        rows.append(
+            {
+                "decoder_input_tokens": np.concatenate([[1], both[:-1]]),
+                "decoder_target_tokens": both,
+                "decoder_loss_weights": np.repeat([0, 1], [len(asked), len(told)]),
+                "decoder_causal_attention": np.repeat([1, 0], [len(asked) + 1, len(told) - 1]),
+                "decoder_prompt_tokens": np.concatenate([[1], asked]),
+                "decoder_answer_tokens": told,
+            }
+        )
+    widths = {"decoder_prompt_tokens": 8, "decoder_answer_tokens": 6}
+    return {
+        **{
+            name: jnp.asarray(
+                [np.pad(row[name], (0, widths.get(name, width) - len(row[name]))) for row in rows]
+            )
+            for name in rows[0]
+        },
+        "features": batch["features"],
+        "tasks": batch["tasks"],
+    }
+
+
+@pytest.fixture(scope="session")
+def encoder_batch(batch) -> dict:
+    """The inputs of `batch`, each with a class."""
+    return {
+        "encoder_input_tokens": batch["encoder_input_tokens"],
+        "labels": jnp.array([[2], [1], [3]], jnp.int32),
+        "features": batch["features"],
+        "tasks": batch["tasks"],
     }
 
 

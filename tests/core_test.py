@@ -40,7 +40,7 @@ def test_imports_run_downward_only():
         "networks": ("modjax.adapters", "modjax.models", "modjax.data", "modjax.hub"),
         "adapters": ("modjax.networks", "modjax.models", "modjax.data", "modjax.hub"),
         "features.py": ("modjax.data", "modjax.adapters", "jax"),
-        "models.py": ("modjax.hub", "modjax.trainer", "modjax.evaluation"),
+        "models": ("modjax.hub", "modjax.trainer", "modjax.evaluation"),
         "trainer.py": ("modjax.hub", "modjax.evaluation"),
     }
     for part, names in forbidden.items():

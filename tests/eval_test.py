@@ -103,12 +103,8 @@ def test_predictions_are_the_models_own(evaluated, run):
     )
     launch.load_gin(launch.parse_flags(flags, "test"), "eval")
     model = gin.query_parameter("eval.evaluate.model").scoped_configurable_fn()
-    model, params, _, step = initialize.restore(
-        model,
-        run / "flix",
-        hub.load_base(run / "base")[1],
-        lambda space: initialize.example_batch(LENGTHS, space),
-    )
+    base = hub.load_base(run / "base")[1]
+    model, params, _, step = initialize.restore(model, run / "flix", base)
     assert step == 4
     batch, examples = next(
         pipeline.eval_batches(

@@ -63,7 +63,7 @@ def configured(method, *bindings):
     )
     assert name == method
     model = model.with_space(SPACE)
-    batch = initialize.example_batch(LENGTHS, SPACE, segments=4)
+    batch = model.example_batch(LENGTHS, SPACE, segments=4)
     return model, optimizer, initialize.layout(model, batch, optimizer.groups)
 
 

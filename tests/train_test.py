@@ -184,17 +184,14 @@ def test_a_trained_model_is_restored_for_evaluation(adapted, pretrained):
     network = t5.Transformer(t5.T5Config(**overrides))
     model = models.EncoderDecoderModel(adapters.Adapted(network, (rule,)))
 
-    def batch(space):
-        return initialize.example_batch(LENGTHS, space)
-
-    model, params, metadata, step = initialize.restore(model, folder, base, batch)
+    model, params, metadata, step = initialize.restore(model, folder, base)
     assert step == 8 and model.adapted.space.values("language") == ("en", "sw")
     assert set(flat(params)) == set(trained) | set(flat(base))
     flat(base)["encoder/encoder_norm/scale"] += 1  # in place
     with pytest.raises(checkpoints.CheckpointError, match="another base:\n  .*encoder_norm/scale"):
-        initialize.restore(model, folder, base, batch)
+        initialize.restore(model, folder, base)
     with pytest.raises(checkpoints.CheckpointError, match="another method"):
-        initialize.restore(models.EncoderDecoderModel(network), folder, base, batch)
+        initialize.restore(models.EncoderDecoderModel(network), folder, base)
 
 
 @pytest.mark.parametrize(

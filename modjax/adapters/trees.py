@@ -187,7 +187,11 @@ def lazy_parts(adapters: Tree, adapted: Adapted) -> dict[str, Leaf]:
 
 
 def table(
-    adapters: Tree, adapted: Adapted, base: Tree, rates: Mapping[str, Any] | None = None
+    adapters: Tree,
+    adapted: Adapted,
+    base: Tree,
+    rates: Mapping[str, Any] | None = None,
+    others: Tree | None = None,
 ) -> str:
     """A table of the adapted layers, and the numbers of trained and frozen parameters, to print at the start.
 
@@ -196,6 +200,7 @@ def table(
       adapted: what they belong to.
       base: the other parameters.
       rates: {path: factors on the updates}; where a factor is 0, an adapter's parameter is frozen.
+      others: those of `base` that train, too: a head.
     """
     rows: dict[tuple[str, str, str], list[int]] = {}
 
@@ -233,7 +238,10 @@ def table(
         parts = next(iter(rule.mixture.module.leaves(modules).values())).parts
         listed = ", ".join(f"{module}:{size}" for module, size in parts)
         text_lines.append(f"{name}: {len(modules)} modules (name:size) {listed}")
-    trained, whole = count_moving(adapters, rates or {}), count(base)
+    for path, leaf in flatten_dict(others or {}, sep="/").items():
+        text_lines.append(f"also trained: {path} {numbers(leaf.shape)}")
+    trained = count_moving(adapters, rates or {}) + count_moving(others or {}, rates or {})
+    whole = count(base)
     frozen = whole + count(adapters) - trained
     text_lines.append(
         f"trained {trained:,}  frozen {frozen:,}  ({100 * trained / whole:.2f} % of the base)"

@@ -7,6 +7,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from modjax.data import vocabularies
 from modjax.data.carry import DATASET_KEY, keeps_every_example
 from modjax.errors import nearest
 
@@ -22,6 +23,34 @@ def check_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
             f"not {dict(task_feature_lengths)}."
         )
     return lengths
+
+
+def check_vocabularies(task: str, model: Any) -> None:
+    """Checks that a task's tokens are those of a model's base.
+
+    Raises:
+      ValueError: another numbering, more tokens than the base has, or another end of a text; the
+        task is named.
+    """
+    where = f"task {task!r}"
+    config = getattr(model.network, "config", None)
+    features = seqio.TaskRegistry.get(task).output_features
+    vocabularies.check_fits(features["inputs"].vocabulary, config, where)
+    targets = features["targets"].vocabulary
+    eos = getattr(model, "eos_id", None)
+    if eos is None:
+        if model.num_outputs > 1 and targets.vocab_size - 1 > model.num_outputs:
+            raise ValueError(
+                f"{where} has {targets.vocab_size - 1} labels, the network {model.num_outputs} "
+                "outputs. Its output features are those of modjax.data.classification.features?"
+            )
+        return
+    vocabularies.check_fits(targets, config, where)
+    if targets.eos_id is not None and targets.eos_id != eos:
+        raise ValueError(
+            f"{where} ends its targets with token {targets.eos_id}, the model decodes up to token "
+            f"{eos}: set the model's eos_id."
+        )
 
 
 def check_splits(

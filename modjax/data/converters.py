@@ -2,8 +2,9 @@
 
 Every example carries its task's key (see `modjax.data.carry`). SeqIO packs a declared feature by
 concatenation, so after packing the keys of a row stand in the order of its segments, and what
-they stand for is looked up. Legend: `B` batch, `L` length, `S` segments of a row (1 when not
-packed), `F` columns of features. Segment `s` (from 1, 0 is padding) has row `s - 1`.
+they stand for is looked up. There is one for each kind of model.
+
+Legend: `B` batch, `L` length, `S` segments of a row (1 when not packed), `F` columns of features. Segment `s` (from 1, 0 is padding) has row `s - 1`.
 """
 
 import functools
@@ -95,11 +96,11 @@ def encode(task: str, space: FeatureSpace, unknown: Unknown = "error") -> tuple[
     )
 
 
-class EncDecFeatureConverter(seqio.EncDecFeatureConverter):
-    """SeqIO's converter for encoder-decoders, with `features [S, F]` and `tasks [S]` in each row.
+class Carrying(seqio.FeatureConverter):
+    """What our converters add to SeqIO's: `features [S, F]` and `tasks [S]` in each row.
 
-    It takes the arguments of its base class and passes where T5X wants a `FEATURE_CONVERTER_CLS`
-    once it is bound to a space: `EncDecFeatureConverter.bind(space)(pack=True)`.
+    They take the arguments of their base class and pass where T5X wants a `FEATURE_CONVERTER_CLS`
+    once they are bound to a space: `EncDecFeatureConverter.bind(space)(pack=True)`.
 
     Args:
       space: gives the ids. Without one, the rows keep the keys, int32 `dataset_key [S]`, to be
@@ -111,15 +112,7 @@ class EncDecFeatureConverter(seqio.EncDecFeatureConverter):
         checked when an example comes.
     """
 
-    TASK_FEATURES = {
-        **seqio.EncDecFeatureConverter.TASK_FEATURES,
-        DATASET_KEY: Spec(dtype=tf.int32),
-    }
-    # What the base class checks; it refuses a rank of 2 when packing, so the look-up comes after.
-    MODEL_FEATURES = {
-        **seqio.EncDecFeatureConverter.MODEL_FEATURES,
-        DATASET_KEY: Spec(dtype=tf.int32),
-    }
+    PLAIN: type[seqio.FeatureConverter]  # SeqIO's own, for models that need no features
 
     def __init__(
         self,
@@ -138,10 +131,9 @@ class EncDecFeatureConverter(seqio.EncDecFeatureConverter):
         self._max_segments = max_segments
 
     @classmethod
-    def bind(cls, space: FeatureSpace, **settings: Any) -> type["EncDecFeatureConverter"]:
+    def bind(cls, space: FeatureSpace, **settings: Any) -> type["Carrying"]:
         """A converter class with the space and other settings fixed."""
-        init = functools.partialmethod(cls.__init__, space=space, **settings)
-        return type(cls.__name__, (cls,), {"__init__": init, "__doc__": cls.__doc__})
+        return _with_settings(cls, space=space, **settings)
 
     def __call__(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
@@ -163,22 +155,177 @@ class EncDecFeatureConverter(seqio.EncDecFeatureConverter):
         lengths = self._lengths(task_feature_lengths)
 
         def pair(ex):
-            trimmed = {k: ex[k][:length] for k, length in lengths.items()}
-            padded = {k: tf.pad(v, [[0, lengths[k] - tf.size(v)]]) for k, v in trimmed.items()}
-            return self._convert_example(padded), ex
+            return self._convert_alone({k: ex[k][:n] for k, n in lengths.items()}, lengths), ex
 
         return map_plainly(ds, pair)
 
-    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
-        lengths = dict(super().get_model_feature_lengths(task_feature_lengths))
-        return {**lengths, DATASET_KEY: task_feature_lengths[DATASET_KEY]}
+    def _convert_alone(
+        self, ex: Mapping[str, tf.Tensor], lengths: Mapping[str, int]
+    ) -> dict[str, tf.Tensor]:
+        """The model features of one example that is no longer than `lengths`."""
+        return self._convert_example({k: _padded(v, lengths[k]) for k, v in ex.items()})
 
     def _lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
         segments = self._max_segments or default_max_segments(task_feature_lengths)
         return {**task_feature_lengths, DATASET_KEY: segments if self.pack else 1}
 
+
+class EncDecFeatureConverter(Carrying, seqio.EncDecFeatureConverter):
+    """SeqIO's converter for encoder-decoders, with what `Carrying` adds."""
+
+    PLAIN = seqio.EncDecFeatureConverter
+    TASK_FEATURES = {**PLAIN.TASK_FEATURES, DATASET_KEY: Spec(dtype=tf.int32)}
+    # What the base class checks; it refuses a rank of 2 when packing, so the look-up comes after.
+    MODEL_FEATURES = {**PLAIN.MODEL_FEATURES, DATASET_KEY: Spec(dtype=tf.int32)}
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+        lengths = dict(super().get_model_feature_lengths(task_feature_lengths))
+        return {**lengths, DATASET_KEY: task_feature_lengths[DATASET_KEY]}
+
     def _convert_example(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return {**super()._convert_example(features), DATASET_KEY: features[DATASET_KEY]}
+
+
+class DecoderOnlyFeatureConverter(Carrying, seqio.PrefixLMFeatureConverter):
+    """SeqIO's converter for `inputs + targets` as one sequence, with what `Carrying` adds.
+
+    A row's length is the sum of both limits. Rows for evaluation also hold the two parts alone:
+    `decoder_prompt_tokens [inputs + 1]`, behind the first token, and `decoder_answer_tokens
+    [targets]`.
+    """
+
+    PLAIN = seqio.PrefixLMFeatureConverter
+    TASK_FEATURES = {**PLAIN.TASK_FEATURES, DATASET_KEY: Spec(dtype=tf.int32)}
+    MODEL_FEATURES = {**PLAIN.MODEL_FEATURES, DATASET_KEY: Spec(dtype=tf.int32)}
+
+    @classmethod
+    @functools.cache
+    def starting_with(cls, token: int) -> type["DecoderOnlyFeatureConverter"]:
+        """The class for models whose sequences begin with this token."""
+        bound = _with_settings(cls, bos_id=token)
+        bound.PLAIN = _with_settings(cls.PLAIN, bos_id=token)
+        return bound
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+        texts = {k: v for k, v in task_feature_lengths.items() if k != DATASET_KEY}
+        lengths = dict(super().get_model_feature_lengths(texts))
+        return {**lengths, DATASET_KEY: task_feature_lengths[DATASET_KEY]}
+
+    def _concat_task_feature_lengths(
+        self, task_feature_lengths: Mapping[str, int]
+    ) -> dict[str, int]:
+        texts = {k: v for k, v in task_feature_lengths.items() if k != DATASET_KEY}
+        lengths = dict(super()._concat_task_feature_lengths(texts))
+        return {**lengths, DATASET_KEY: task_feature_lengths[DATASET_KEY]}
+
+    def _concat_and_add_masks(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        joined = dict(super()._concat_and_add_masks(features))
+        return {**joined, DATASET_KEY: features[DATASET_KEY]}
+
+    def _convert_example(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {**super()._convert_example(features), DATASET_KEY: features[DATASET_KEY]}
+
+    def _convert_alone(
+        self, ex: Mapping[str, tf.Tensor], lengths: Mapping[str, int]
+    ) -> dict[str, tf.Tensor]:
+        joined = self._concat_and_add_masks(ex)
+        limits = self._concat_task_feature_lengths(lengths)
+        found = self._convert_example({k: _padded(v, limits[k]) for k, v in joined.items()})
+        prompt = tf.concat([tf.fill([1], self.bos_id), ex["inputs"]], 0)
+        return {
+            **found,
+            "decoder_prompt_tokens": _padded(prompt, lengths["inputs"] + 1),
+            "decoder_answer_tokens": _padded(ex["targets"], lengths["targets"]),
+        }
+
+
+class ClassificationFeatureConverter(Carrying):
+    """For encoders with classes: one target, counted from 1 (see `modjax.models.EncoderModel`).
+
+    Token types are 1 behind the first separator, 0 before it and where there is none.
+    """
+
+    TASK_FEATURES = {
+        "inputs": Spec(dtype=tf.int32),
+        "targets": Spec(dtype=tf.int32),
+        DATASET_KEY: Spec(dtype=tf.int32),
+    }
+    MODEL_FEATURES = {
+        "encoder_input_tokens": Spec(dtype=tf.int32),
+        "encoder_token_types": Spec(dtype=tf.int32),
+        "labels": Spec(dtype=tf.int32),
+        DATASET_KEY: Spec(dtype=tf.int32),
+    }
+    PACKING_FEATURE_DTYPES = None
+    TARGET = "labels"
+
+    def __init__(self, pack: bool = False, *, separator: int | None = None, **kwargs: Any):
+        if pack:
+            raise ValueError("An encoder's examples have a row each: set pack = False.")
+        super().__init__(pack=False, **kwargs)
+        self._separator = separator
+
+    @classmethod
+    @functools.cache
+    def ending_with(cls, separator: int | None) -> type["ClassificationFeatureConverter"]:
+        """The class for models whose texts end with this token."""
+        bound = _with_settings(cls, separator=separator)
+        bound.PLAIN = bound
+        return bound
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+        if task_feature_lengths["targets"] != 1:
+            raise ValueError(
+                f"An encoder gives one label or value: set the length of targets to 1, not "
+                f"{task_feature_lengths['targets']}."
+            )
+        names = ("encoder_input_tokens", "encoder_token_types")
+        lengths = dict.fromkeys(names, task_feature_lengths["inputs"])
+        return {**lengths, self.TARGET: 1, DATASET_KEY: 1}
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+        return map_plainly(self._pack_or_pad(ds, task_feature_lengths), self._convert_example)
+
+    def _convert_example(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        tokens = features["inputs"]
+        types = tf.zeros_like(tokens)
+        if self._separator is not None:
+            ends = tf.cast(tf.equal(tokens, self._separator), tokens.dtype)
+            behind = tf.minimum(tf.cumsum(ends, exclusive=True), 1)
+            types = behind * tf.cast(tokens > 0, tokens.dtype)
+        return {
+            "encoder_input_tokens": tokens,
+            "encoder_token_types": types,
+            self.TARGET: features["targets"],
+            DATASET_KEY: features[DATASET_KEY],
+        }
+
+
+class RegressionFeatureConverter(ClassificationFeatureConverter):
+    """For encoders with one output: one target, float32."""
+
+    TASK_FEATURES = {
+        **ClassificationFeatureConverter.TASK_FEATURES,
+        "targets": Spec(dtype=tf.float32),
+    }
+    MODEL_FEATURES = {
+        "encoder_input_tokens": Spec(dtype=tf.int32),
+        "encoder_token_types": Spec(dtype=tf.int32),
+        "values": Spec(dtype=tf.float32),
+        DATASET_KEY: Spec(dtype=tf.int32),
+    }
+    TARGET = "values"
+
+
+def _with_settings(cls: type[Any], **settings: Any) -> type[Any]:
+    init = functools.partialmethod(cls.__init__, **settings)
+    return type(cls.__name__, (cls,), {"__init__": init, "__doc__": cls.__doc__})
+
+
+def _padded(values: tf.Tensor, length: int) -> tf.Tensor:
+    return tf.pad(values, [[0, length - tf.size(values)]])
 
 
 def _look_up(table: KeyTable, ex: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -89,7 +89,7 @@ class TrainIterator(Iterator[Batch]):
         full = np.count_nonzero(np.all(carried, axis=1)) if carried.shape[1] > 1 else 0
         self._sums["rows"] += int(np.any(carried, axis=1).sum())
         self._sums["full_rows"] += int(full)
-        for name in ("encoder_input_tokens", "decoder_target_tokens"):
+        for name in {"encoder_input_tokens", "decoder_target_tokens"} & set(batch):
             self._sums["tokens"] += int(np.count_nonzero(batch[name]))
             self._sums["positions"] += batch[name].size
 

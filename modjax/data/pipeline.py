@@ -22,7 +22,12 @@ from modjax.data.checks import (
     plain,
     rows_per_process,
 )
-from modjax.data.converters import EncDecFeatureConverter, KeyTable, default_max_segments
+from modjax.data.converters import (
+    Carrying,
+    EncDecFeatureConverter,
+    KeyTable,
+    default_max_segments,
+)
 from modjax.data.iterator import Batch, TrainIterator
 from modjax.features import FeatureSpace, Unknown
 
@@ -42,6 +47,7 @@ def train_iterator(
     task_feature_lengths: Mapping[str, int],
     batch_size: int,
     seed: int,
+    converter: type[Carrying] = EncDecFeatureConverter,
     pack: bool = True,
     max_segments: int | None = None,
     shard: seqio.ShardInfo | None = None,
@@ -62,6 +68,7 @@ def train_iterator(
       task_feature_lengths: `{"inputs": L, "targets": L}`; longer examples are trimmed, see below.
       batch_size: rows of the whole job's batch.
       seed: of shuffling, mixing and random preprocessors.
+      converter: of the model, its `converter`.
       pack: several examples in a row, told apart by segment ids.
       max_segments: S when packing, see `converters.default_max_segments`.
       shard: the part to read; by default that of this process in the jax job.
@@ -96,7 +103,7 @@ def train_iterator(
     }
     check_splits(tasks, split, shard, use_cached)
     # The key step and the packer have trimmed: checking each example again takes a fifth longer.
-    converter = EncDecFeatureConverter(pack, max_segments=max_segments, apply_length_check=False)
+    convert = converter(pack, max_segments=max_segments, apply_length_check=False)
 
     def make_dataset() -> tf.data.Dataset:
         ds = seqio.get_mixture_or_task(mixture).get_dataset(
@@ -112,7 +119,7 @@ def train_iterator(
             try_in_mem_cache=False,
         )
         ds = _only(ds, lengths)
-        ds = converter(ds, lengths)
+        ds = convert(ds, lengths)
         ds = ds.batch(rows, drop_remainder=num_epochs is None)
         return ds.prefetch(4).with_options(_options())
 
@@ -128,6 +135,7 @@ def eval_batches(
     *,
     task_feature_lengths: Mapping[str, int],
     batch_size: int,
+    converter: type[Carrying] = EncDecFeatureConverter,
     unknown: Unknown = "none",
     shard: seqio.ShardInfo | None = None,
     use_cached: bool = False,
@@ -145,6 +153,7 @@ def eval_batches(
       space: gives the ids; None for methods that need no features (F is 0).
       task_feature_lengths: as for `train_iterator`.
       batch_size: rows of the whole job's batch.
+      converter: of the model, its `converter`.
       unknown: what becomes of a value or dataset that the space lacks: "none", id 0, or "error".
       shard: the part to read; by default that of this process in the jax job.
       use_cached: read SeqIO's offline caches.
@@ -173,8 +182,7 @@ def eval_batches(
     )
     if max_examples is not None:
         ds = ds.take(max_examples)
-    converter = EncDecFeatureConverter(pack=False)
-    pairs = converter.keeping(ds, lengths).with_options(_options()).prefetch(batch_size)
+    pairs = converter(pack=False).keeping(ds, lengths).with_options(_options()).prefetch(batch_size)
     return _eval_batches(pairs, task, table, lengths, shard, rows, on_too_long)
 
 
@@ -251,6 +259,7 @@ def packed_and_not(
     *,
     task_feature_lengths: Mapping[str, int],
     num_examples: int,
+    converter: type[Carrying] = EncDecFeatureConverter,
     max_segments: int | None = None,
     seed: int = 0,
 ) -> tuple[Batch, Batch, np.ndarray]:
@@ -273,8 +282,8 @@ def packed_and_not(
     ds = _only(ds, lengths).take(num_examples)
     batches = []
     for pack in (True, False):
-        converter = EncDecFeatureConverter(pack, max_segments=max_segments)
-        rows = list(converter(ds, lengths).as_numpy_iterator())
+        convert = converter(pack, max_segments=max_segments)
+        rows = list(convert(ds, lengths).as_numpy_iterator())
         batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
         carried = batch.pop(DATASET_KEY)
         found = table.rows(carried)

@@ -25,6 +25,7 @@ Names = str | Sequence[str]
 class _Entry:
     metadata: dict[str, Value] | None
     metric_names: tuple[str, ...]
+    choices: tuple[str, ...] | str | None
     arguments: dict[str, Any]  # as `add_task` was given them, but for the source
 
 
@@ -40,6 +41,7 @@ def add_task(
     *,
     metadata: Mapping[str, Value] | None = None,
     metric_names: Sequence[str] = ("exact_match",),
+    choices: Sequence[str] | str | None = None,
     postprocess_fn: Callable[..., Any] | None = None,
     empty_targets: Literal["error", "allow"] = "error",
     **kwargs: Any,
@@ -54,6 +56,8 @@ def add_task(
       metadata: the dataset's features: a value, several (multi-hot) or None each. Needed by methods
         that route by features.
       metric_names: what evaluation computes for this task.
+      choices: the possible answers, or the name of an example's field that lists them: a model that
+        writes then takes the most probable one instead (rank classification).
       postprocess_fn: SeqIO's, `fn(text, example=..., is_target=...)`.
       empty_targets: whether an example whose targets hold nothing but the end of sequence is an
         error when it is read (a ValueError out of the iterator, naming the task) or a lesson.
@@ -70,6 +74,7 @@ def add_task(
         "output_features": output_features,
         "metadata": metadata,
         "metric_names": metric_names,
+        "choices": choices,
         "postprocess_fn": postprocess_fn,
         "empty_targets": empty_targets,
         **kwargs,
@@ -85,6 +90,7 @@ def add_task(
     entry = _Entry(
         metadata=_checked_metadata(metadata, where),
         metric_names=as_values(metric_names, f"{where}, metric_names"),
+        choices=choices if choices is None or isinstance(choices, str) else tuple(choices),
         arguments=arguments,
     )
     carry_key = carry.carry_key(name, allow_empty=empty_targets == "allow")
@@ -182,6 +188,11 @@ def metadata_of(task_name: str) -> dict[str, Value]:
 def metric_names_of(task_name: str) -> tuple[str, ...]:
     """The names of the metrics that evaluation computes for a task."""
     return _entry(task_name).metric_names
+
+
+def choices_of(task_name: str) -> tuple[str, ...] | str | None:
+    """A task's possible answers, the field of its examples that lists them, or None; see `add_task`."""
+    return _entry(task_name).choices
 
 
 def check_has(task_name: str, metric: str, splits: Sequence[str]) -> None:

@@ -1,12 +1,14 @@
 """What predictions are worth: metrics over lists of targets and predictions.
 
 Every metric is a function `(targets, predictions, *, language=None) -> Score`. A target is a string
-or a list of strings that are all right, of which the best counts. Values are percentages (0 to 100)
-of the whole list; each example's own value stands in `Score.per_example`.
+or a list of strings that are all right, of which the best counts. Values are percentages of the
+whole list (0 to 100; correlations from -100); each example's own value stands in `Score.per_example`.
 """
 
 import collections
 import dataclasses
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -26,10 +28,10 @@ class Score:
     """A metric's result.
 
     Attributes:
-      value: 0 to 100, over all examples.
+      value: 0 to 100 (correlations from -100), over all examples.
       n: number of examples.
       per_example: one value (0 to 100) each, in order. Their mean is `value`, unless the metric
-        pools counts over examples (span_f1, tag_accuracy, bleu, chrf).
+        pools counts over examples (span_f1, tag_accuracy, bleu, chrf, matthews).
     """
 
     value: float
@@ -196,6 +198,61 @@ def chrf(
     return _sacrebleu(CHRF(), CHRF(), targets, predictions)
 
 
+def matthews(
+    targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
+) -> Score:
+    """Matthews' correlation of two classifications, -100 to 100 (for several classes: Gorodkin 2004).
+
+    0 where all targets, or all predictions, are of one class. Each example's own value is 100 where
+    it is right.
+    """
+    pairs = [(_only(t, "matthews").strip(), p.strip()) for t, p in _pairs(targets, predictions)]
+    gold, given = (collections.Counter(side) for side in zip(*pairs, strict=True))
+    right = tuple(100.0 * (t == p) for t, p in pairs)
+    count, hits = len(pairs), sum(t == p for t, p in pairs)
+    covariance = hits * count - sum(gold[label] * given[label] for label in gold)
+    spread = [count**2 - sum(n**2 for n in side.values()) for side in (gold, given)]
+    value = covariance / math.sqrt(spread[0] * spread[1]) if all(spread) else 0.0
+    return Score(100.0 * value, count, right)
+
+
+def pearson(
+    targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
+) -> Score:
+    """Pearson's correlation of numbers, -100 to 100; 0 where one side does not vary.
+
+    An example's own value is its part of the mean: the product of both standard scores. A
+    prediction that is no number stands at the mean of those that are.
+
+    Raises:
+      ValueError: a target is no number.
+    """
+    pairs = _pairs(targets, predictions)
+    gold = [_number(_only(target, "pearson")) for target, _ in pairs]
+    for (target, _), number in zip(pairs, gold, strict=True):
+        if number is None:
+            raise ValueError(f"pearson compares numbers, and the target {target!r} is none.")
+    sides = [_standard_scores(side) for side in (gold, [_number(p) for _, p in pairs])]
+    parts = tuple(100.0 * t * p for t, p in zip(*sides, strict=True))
+    return Score(sum(parts) / len(parts), len(parts), parts)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _standard_scores(values: Sequence[float | None]) -> list[float]:
+    known = [value for value in values if value is not None]
+    mean = statistics.fmean(known) if known else 0.0
+    filled = [mean if value is None else value for value in values]
+    deviation = statistics.pstdev(filled, mean)
+    return [(value - mean) / deviation if deviation else 0.0 for value in filled]
+
+
 # To add a metric, add it here: tasks name their metrics by these keys.
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
@@ -208,6 +265,8 @@ METRICS: dict[str, Metric] = {
     "span_f1": span_f1,
     "bleu": bleu,
     "chrf": chrf,
+    "matthews": matthews,
+    "pearson": pearson,
 }
 
 LOWER_IS_BETTER = frozenset({"malformed"})

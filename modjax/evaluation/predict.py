@@ -1,7 +1,7 @@
 """Predicting many examples: batches of similar lengths through a compiled function, in order."""
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,9 @@ Batch = dict[str, np.ndarray]
 # Takes this process's rows of a batch [B / processes, ...], gives the tokens [B, L] of all rows.
 PredictFn = Callable[[Batch], Any]
 
-INPUTS = "encoder_input_tokens"
-OUTPUTS = "decoder_target_tokens"
+# What a batch's cost goes by: the first of these names that a batch has.
+INPUTS = ("encoder_input_tokens", "decoder_prompt_tokens")
+OUTPUTS = ("decoder_answer_tokens", "decoder_target_tokens", "labels", "values")
 IN_FLIGHT = 2
 
 
@@ -51,6 +52,29 @@ def predictor(
     return predict
 
 
+def scorer(model: Any, params: Any, mesh: Mesh | None = None) -> PredictFn:
+    """A model's `score_batch`, compiled once per shape; arguments as in `predictor`."""
+    out = None if mesh is None else partitioning.replicated(mesh)
+    step = jax.jit(model.score_batch, out_shardings=out)
+
+    def score(batch: Batch) -> jax.Array:
+        return step(params, batch if mesh is None else partitioning.place_batch(batch, mesh))
+
+    return score
+
+
+def run_all(
+    function: PredictFn,
+    arrays: Mapping[str, np.ndarray],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """What `function` gives for each example, batches of one shape in the examples' order; see `predict_all`."""
+    count = len(next(iter(arrays.values())))
+    batches = [(np.arange(count)[at : at + batch_size], None) for at in range(0, count, batch_size)]
+    return _run(function, arrays, batches, (), batch_size, progress)
+
+
 def predict_all(
     predict_fn: PredictFn,
     arrays: Mapping[str, np.ndarray],
@@ -70,14 +94,28 @@ def predict_all(
     Raises:
       ValueError: batch size and processes do not fit.
     """
+    texts, targets = (next(n for n in names if n in arrays) for names in (INPUTS, OUTPUTS))
+    inputs = token_counts(arrays[texts])
+    lengths = batching.choose_lengths(inputs, arrays[texts].shape[1], padded_lengths)
+    batches = batching.plan(inputs, token_counts(arrays[targets]), batch_size, lengths)
+    cut = ("encoder_token_types", texts)
+    return _run(predict_fn, arrays, batches, cut, batch_size, progress)
+
+
+def _run(
+    function: PredictFn,
+    arrays: Mapping[str, np.ndarray],
+    batches: Sequence[tuple[np.ndarray, int | None]],
+    cut: Sequence[str],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[np.ndarray]:
+    """What `function` gives for each example of batches (indices, length of the arrays named in `cut`)."""
     count, process = jax.process_count(), jax.process_index()
     if batch_size < 1 or batch_size % count:
         raise ValueError(f"The batch of {batch_size} does not divide over {count} processes.")
     rows = batch_size // count
-    inputs = token_counts(arrays[INPUTS])
-    lengths = batching.choose_lengths(inputs, arrays[INPUTS].shape[1], padded_lengths)
-    batches = batching.plan(inputs, token_counts(arrays[OUTPUTS]), batch_size, lengths)
-    tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * len(inputs)
+    found: list[np.ndarray] = [np.zeros(0, np.int32)] * sum(len(indices) for indices, _ in batches)
     flying: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
     done = 0
 
@@ -85,22 +123,22 @@ def predict_all(
         nonlocal done
         indices, out = flying.popleft()
         for i, row in zip(indices, np.asarray(out), strict=False):
-            tokens[i] = row
+            found[i] = row
         done += len(indices)
         if progress is not None:
-            progress(done, len(tokens))
+            progress(done, len(found))
 
     for indices, length in batches:
         # A batch that is not full repeats an example: empty rows would be decoded to the end.
         filled = np.resize(indices, batch_size)[process * rows :][:rows]
         batch = {name: values[filled] for name, values in arrays.items()}
-        batch[INPUTS] = batch[INPUTS][:, :length]
-        flying.append((indices, predict_fn(batch)))
+        batch |= {name: batch[name][:, :length] for name in cut if name in batch}
+        flying.append((indices, function(batch)))
         if len(flying) > IN_FLIGHT:
             land()
     while flying:
         land()
-    return tokens
+    return found
 
 
 def token_counts(tokens: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 `results.json` is a list of rows
 `{method, task, language, setting, metric, value, n, seed}`: one metric of one dataset, as one
-method trained with one seed reaches it. `value` is 0 to 100 over `n` examples; `setting` says what
-training saw of the dataset: "seen", "unseen_pair" (each feature's value, but not together) or
+method trained with one seed reaches it. `value` is 0 to 100 over `n` examples (correlations begin
+at -100); `setting` says what training saw of the dataset: "seen", "unseen_pair" (each feature's value, but not together) or
 "unseen_<feature>" (a value of that feature never), e.g. "unseen_language".
 """
 
@@ -101,8 +101,8 @@ def _problem(row: Any) -> str:
             return f"the field {name!r} is missing."
         value = row[name]
         if name == "value":
-            if not _is_number(value) or not 0 <= value <= 100:
-                return f"'value' must be a number from 0 to 100, got {value!r}."
+            if not _is_number(value) or not -100 <= value <= 100:
+                return f"'value' must be a number from -100 to 100, got {value!r}."
         elif name in ("n", "seed"):
             smallest = 1 if name == "n" else 0
             if not isinstance(value, int) or isinstance(value, bool) or value < smallest:

@@ -18,11 +18,14 @@ import jax
 import numpy as np
 
 # SeqIO by way of modjax.data, which keeps tensorflow quiet.
-from modjax.data import pipeline, registry, seqio
+from modjax.data import converters, pipeline, registry, seqio
 from modjax.errors import nearest
 from modjax.evaluation import metrics, predict, results
 from modjax.evaluation.results import Row
 from modjax.features import FeatureSpace, Unknown
+
+# (arrays, texts, batch size, progress) -> an answer to each example.
+ChooseFn = Callable[..., list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,7 @@ def read(
     space: FeatureSpace | None,
     *,
     task_feature_lengths: Mapping[str, int],
+    converter: Any = converters.EncDecFeatureConverter,
     unknown: Unknown = "none",
     max_examples: int | None = None,
     use_cached: bool = False,
@@ -79,6 +83,7 @@ def read(
       space: of the model, so that ids are those that it was trained with.
       task_feature_lengths: `{"inputs": L, "targets": L}`; longer inputs are cut, and predictions
         have at most as many tokens as targets.
+      converter: of the model, its `converter`.
       unknown: what becomes of a value that the space lacks, such as a language never trained:
         "none" (it contributes nothing) or "error".
       max_examples: of each task, the first so many; all if None.
@@ -96,6 +101,7 @@ def read(
         split,
         space,
         tuple(sorted(task_feature_lengths.items())),
+        converter,
         unknown,
         max_examples,
         use_cached,
@@ -108,6 +114,7 @@ def _read(
     split: str,
     space: FeatureSpace | None,
     lengths: tuple[tuple[str, int], ...],
+    converter: Any,
     unknown: Unknown,
     max_examples: int | None,
     use_cached: bool,
@@ -121,6 +128,7 @@ def _read(
             space,
             task_feature_lengths=dict(lengths),
             batch_size=256,
+            converter=converter,
             unknown=unknown,
             shard=seqio.ShardInfo(index=0, num_shards=1),
             use_cached=use_cached,
@@ -147,6 +155,7 @@ def evaluate(
     batch_size: int,
     switch_off: Mapping[str, Sequence[str]] | None = None,
     padded_lengths: int = 2,
+    choose_fn: ChooseFn | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Predicts all examples and scores each dataset by its metrics.
@@ -163,6 +172,8 @@ def evaluate(
       switch_off: setting -> features whose ids are set to none there, as
         `{"unseen_pair": ("language",)}`.
       padded_lengths: how many input lengths are compiled for.
+      choose_fn: answers the examples of datasets with choices, see `choices.choose`; they are
+        written like others if None.
       progress: told after each batch how many examples are done, of how many.
 
     Raises:
@@ -173,16 +184,32 @@ def evaluate(
         if name not in settings:
             raise ValueError(f"There is no setting for dataset {name!r}.{nearest(name, settings)}")
     arrays = _switched_off(examples, settings, switch_off or {})
-    tokens = predict.predict_all(predict_fn, arrays, batch_size, padded_lengths, progress)
     by_dataset: dict[str, list[int]] = {name: [] for name in examples.datasets}
     for i, text in enumerate(examples.texts):
         by_dataset[text["task"]].append(i)
+    answers: dict[int, str] = {}
+
+    def answer(datasets: Sequence[str], how: Callable[..., list[str]]) -> None:
+        rows = sorted(i for name in datasets for i in by_dataset[name])
+        if rows:
+            part = {name: values[rows] for name, values in arrays.items()}
+            answers.update(zip(rows, how(part, [examples.texts[i] for i in rows]), strict=True))
+
+    def write(part: Mapping[str, np.ndarray], texts: Sequence[Mapping[str, Any]]) -> list[str]:
+        tokens = predict.predict_all(predict_fn, part, batch_size, padded_lengths, progress)
+        return _decoded(texts, tokens)
+
+    chosen = [name for name in by_dataset if choose_fn and registry.choices_of(name)]
+    if choose_fn:
+        pick = functools.partial(choose_fn, batch_size=batch_size, progress=progress)
+        answer(chosen, pick)
+    answer([name for name in by_dataset if name not in chosen], write)
     names = _names(examples.datasets)
     found = Evaluation([], {}, {})
     for dataset, indices in by_dataset.items():
         task, language = names[dataset]
         texts = [examples.texts[i] for i in indices]
-        targets, predictions = _texts(dataset, texts, [tokens[i] for i in indices])
+        targets, predictions = _texts(dataset, texts, [answers[i] for i in indices])
         scores = {
             metric: metrics.get(metric)(targets, predictions, language=language)
             for metric in registry.metric_names_of(dataset)
@@ -263,15 +290,24 @@ def _names(datasets: Sequence[str]) -> dict[str, tuple[str, str]]:
     }
 
 
+def _decoded(texts: Sequence[Mapping[str, Any]], tokens: Sequence[np.ndarray]) -> list[str]:
+    """Predicted tokens as text, up to the end mark."""
+    features = {
+        text["task"]: seqio.TaskRegistry.get(text["task"]).output_features for text in texts
+    }
+    return [
+        features[text["task"]]["targets"].vocabulary.decode(row.tolist())
+        for text, row in zip(texts, tokens, strict=True)
+    ]
+
+
 def _texts(
-    dataset: str, texts: Sequence[Mapping[str, Any]], tokens: Sequence[np.ndarray]
+    dataset: str, texts: Sequence[Mapping[str, Any]], answers: Sequence[str]
 ) -> tuple[list[Any], list[str]]:
     """Targets and predictions as the task's postprocessing leaves them."""
     task = seqio.TaskRegistry.get(dataset)
-    vocabulary = task.output_features["targets"].vocabulary
     targets, predictions = [], []
-    for text, row in zip(texts, tokens, strict=True):
-        decoded = vocabulary.decode([int(t) for t in row])  # up to the end mark
+    for text, decoded in zip(texts, answers, strict=True):
         pair = (
             task.postprocess_fn(text["targets_pretokenized"], example=text, is_target=True),
             task.postprocess_fn(decoded, example=text, is_target=False),

@@ -311,7 +311,8 @@ class Transformer(nn.Module):
           decoder_segment_ids: `[B, Q]`, 0 for padding: tokens attend within their segment.
           decoder_positions: `[B, Q]`; each row's 0, 1, 2, ... unless given.
           decoder_causal_attention: `[B, Q]`, 1 on a prefix that is seen in both directions (T5X's name); when
-            `decode`, of the first call's prompt.
+            `decode`, of the first call's tokens, those beyond prompt_lengths included, so that a prompt's last
+            token can be seen by the others and be fed again by the next call.
           enable_dropout: draw dropout from the rng stream "dropout".
           decode: use the cache (make the collection "cache" mutable).
           max_decode_length: slots of the cache beyond the prompt's, needed in the first call.

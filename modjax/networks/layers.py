@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.partitioning import param_with_axes
 
+from modjax import quantization
+
 Array = jax.Array
 
 ACTIVATIONS = {
@@ -43,8 +45,11 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
         shape = (x.shape[-1], self.features)
-        kernel = param_with_axes("kernel", init, shape, jnp.float32, axes=self.kernel_axes)
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        # Boxed, for a quantised kernel is one that is multiplied as it is.
+        kernel = param_with_axes(
+            "kernel", init, shape, jnp.float32, axes=self.kernel_axes, unbox=False
+        )
+        y = quantization.product(x, kernel, self.dtype)
         if self.use_bias:
             zeros, axes = nn.initializers.zeros, self.kernel_axes[1:]
             bias = param_with_axes("bias", zeros, (self.features,), jnp.float32, axes=axes)
@@ -97,15 +102,15 @@ class Embed(nn.Module):
     def setup(self) -> None:
         init, shape = nn.initializers.normal(self.stddev), (self.vocab_size, self.emb_dim)
         self.embedding = param_with_axes(
-            "embedding", init, shape, jnp.float32, axes=("vocab", "embed")
+            "embedding", init, shape, jnp.float32, axes=("vocab", "embed"), unbox=False
         )
 
     def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        return quantization.rows(self.embedding, tokens, self.dtype)
 
     def attend(self, x: Array, scaled: bool = True) -> Array:
         """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D) unless told otherwise."""
-        logits = jnp.dot(x.astype(jnp.float32), self.embedding.astype(jnp.float32).T)
+        logits = quantization.product(x, self.embedding.T, jnp.float32)
         return logits / jnp.sqrt(jnp.float32(x.shape[-1])) if scaled else logits
 
 

@@ -1,9 +1,92 @@
-"""What the tests of adapters share: packed rows, and adapters away from their start."""
+"""What the tests of adapters share: kinds of networks, packed rows, and adapters away from their start."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from modjax import models
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of network under test.
+
+    Attributes:
+      model: the class of its models.
+      make: builds a tiny network.
+      batch: three examples, those of the fixture `batch`.
+      shallow: options of a network with as few layers as there can be.
+      sites: layers of which each can be told by what it adds. Keys of attention would not do where positions are added
+        to the tokens: what is added to all keys alike cancels in the softmax, so that a bottleneck's bias would not
+        move.
+      pair: two of them, for one adapter.
+    """
+
+    model: type[models.Model]
+    make: Callable[..., Any]
+    batch: dict[str, Any]
+    shallow: dict[str, int]
+    sites: tuple[str, ...]
+    pair: str
+
+
+@pytest.fixture(scope="session")
+def kinds(
+    make_t5, make_decoder, make_encoder, batch, decoder_batch, encoder_batch
+) -> dict[str, Kind]:
+    return {
+        "encoder_decoder": Kind(
+            models.EncoderDecoderModel,
+            make_t5,
+            batch,
+            {"num_encoder_layers": 1, "num_decoder_layers": 1},
+            (
+                "encoder/.*/attention/value",
+                "encoder/.*/mlp/wi_0",
+                "encoder/.*/mlp/wo",
+                "decoder/.*/self_attention/out",
+                "decoder/.*/encoder_decoder_attention/value",  # of the encoder's stream
+                "decoder/.*/encoder_decoder_attention/out",
+                "decoder/.*/mlp/wo",
+                "decoder/.*/self_attention/value",
+            ),
+            "encoder/.*/wo|.*/encoder_decoder_attention/value",
+        ),
+        "decoder_only": Kind(
+            models.DecoderOnlyModel,
+            make_decoder,
+            decoder_batch,
+            {"num_layers": 1},
+            (
+                ".*/self_attention/query",
+                ".*/self_attention/value",
+                ".*/self_attention/out",
+                ".*/mlp/wi_0",
+                ".*/mlp/wi_1",
+                ".*/mlp/wo",
+            ),
+            ".*/self_attention/value|.*/mlp/wo",
+        ),
+        "encoder": Kind(
+            models.EncoderModel,
+            make_encoder,
+            encoder_batch,
+            {"num_layers": 1},
+            (
+                ".*/attention/query",
+                ".*/attention/value",
+                ".*/attention/out",
+                ".*/mlp/wi",
+                ".*/mlp/wo",
+            ),
+            ".*/attention/value|.*/mlp/wo",
+        ),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +100,8 @@ def pack_rows():
             ("encoder", "encoder_input_tokens"),
             ("decoder", "decoder_target_tokens"),
         ):
+            if tokens not in batch:
+                continue
             lengths = np.asarray((batch[tokens] > 0).sum(-1))
             width = max(int(lengths[list(row)].sum()) for row in rows)
 
@@ -24,7 +109,10 @@ def pack_rows():
                 parts = np.concatenate(parts)
                 return np.pad(parts, (0, width - len(parts)))
 
-            names = {tokens, "decoder_input_tokens"} if stream == "decoder" else {tokens}
+            names = {tokens}
+            if stream == "decoder":
+                more = ("input_tokens", "loss_weights", "causal_attention")
+                names |= {f"decoder_{name}" for name in more} & set(batch)
             for name in names:
                 packed[name] = [
                     together([np.asarray(batch[name][i][: lengths[i]]) for i in row])
@@ -32,6 +120,9 @@ def pack_rows():
                 ]
             packed[f"{stream}_segment_ids"] = [
                 together([np.full(lengths[i], s) for s, i in enumerate(row, 1)]) for row in rows
+            ]
+            packed[f"{stream}_positions"] = [
+                together([np.arange(lengths[i]) for i in row]) for row in rows
             ]
         for name in ("features", "tasks"):
             ids = np.asarray(batch[name])[:, 0]

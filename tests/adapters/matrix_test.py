@@ -1,4 +1,4 @@
-"""Any module with any router: what holds for one method holds for all.
+"""Any module with any router on any kind of network: what holds for one method holds for all.
 
 Pair by pair on an unrolled network, operation by operation, which costs no compilation. Then all routers of a module
 at once, each at a layer of its own, in a scanned and rematerialised network on packed rows.
@@ -27,7 +27,7 @@ from modjax.adapters import (
     Stochastic,
     Uniform,
 )
-from modjax.models import EncoderDecoderModel, cross_entropy
+from modjax.losses import cross_entropy
 
 MODULES = {
     "low_rank": LowRank(2, alpha=3.0),
@@ -47,19 +47,7 @@ ROUTERS = {
     "stochastic": Stochastic(5),
 }
 DRAWING = {"skills", "skills_2_heads", "skills_by_language", "stochastic"}
-PAIR_SITES = "encoder/.*/wo|.*/encoder_decoder_attention/value"
-# A layer for each router; cross-attention's values are of the encoder's stream. Keys would not do: what is added to all
-# keys alike cancels in the softmax, so that a bottleneck's bias would not move.
-SITES = (
-    "encoder/.*/attention/value",
-    "encoder/.*/mlp/wi_0",
-    "encoder/.*/mlp/wo",
-    "decoder/.*/self_attention/out",
-    "decoder/.*/encoder_decoder_attention/value",
-    "decoder/.*/encoder_decoder_attention/out",
-    "decoder/.*/mlp/wo",
-    "decoder/.*/self_attention/value",
-)
+KINDS = ("encoder_decoder", "decoder_only", "encoder")
 # The examples of conftest's batch as datasets.
 DATASETS = (
     dict(dataset="parse_en", task="parse", language="sw"),
@@ -84,25 +72,34 @@ def fresh_adapters(model, batch):
     return params(key)
 
 
-def cost_per_token(logits, batch):
-    return np.asarray(cross_entropy(logits, batch["decoder_target_tokens"])[0])
+def cost_per_token(model, logits, batch):
+    targets = jnp.maximum(batch["decoder_target_tokens"] - model.token_offset, 0)
+    return np.asarray(cross_entropy(logits, targets)[0])
 
 
-@pytest.fixture(scope="module")
-def small(make_t5, batch):
-    """(network, its parameters, its jitted logits) with one layer in each stack."""
-    network = make_t5(num_encoder_layers=1, num_decoder_layers=1)
-    model = EncoderDecoderModel(network)
-    return network, jax.jit(model.init)(jax.random.key(5), batch)["params"], jax.jit(model.logits)
+def apart(one, other):
+    """The largest difference in each example."""
+    return np.abs(one - other).reshape(len(one), -1).max(1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def small(request, kinds):
+    """(kind, network, its parameters, its jitted logits) with one layer in each stack."""
+    kind = kinds[request.param]
+    network = kind.make(**kind.shallow)
+    model = kind.model(network)
+    init = jax.jit(model.init)
+    return kind, network, init(jax.random.key(5), kind.batch)["params"], jax.jit(model.logits)
 
 
 @pytest.mark.parametrize("module, router", PAIRS)
 def test_a_pair_starts_as_the_base_draws_in_training_only_and_composes(
-    module, router, small, space, batch, scatter
+    module, router, small, space, scatter
 ):
-    network, base, plain_logits = small
+    kind, network, base, plain_logits = small
+    batch = kind.batch
     mixture = Mixture("mix", MODULES[module], ROUTERS[router])
-    model = EncoderDecoderModel(Adapted(network, (Rule(PAIR_SITES, mixture),), space))
+    model = kind.model(Adapted(network, (Rule(kind.pair, mixture),), space))
     fresh = fresh_adapters(model, batch)
     moved = scatter(fresh)
 
@@ -110,19 +107,18 @@ def test_a_pair_starts_as_the_base_draws_in_training_only_and_composes(
         return np.asarray(model.logits(adapters.join(base, tree), batch, *key))
 
     # Step 0 is the base, in evaluation and in training.
-    without = np.asarray(EncoderDecoderModel(network).logits(base, batch))
+    without = np.asarray(kind.model(network).logits(base, batch))
     np.testing.assert_array_equal(logits(fresh), without)
     np.testing.assert_array_equal(logits(fresh, jax.random.key(1)), without)
 
     # Evaluation draws nothing, training does, if the router does.
     mixed = logits(moved)
     np.testing.assert_array_equal(mixed, logits(moved))
-    assert (np.abs(mixed - without).max((1, 2)) > 0.01).all()
+    assert (apart(mixed, without) > 0.01).all()
     first, second = (logits(moved, jax.random.key(k)) for k in (1, 2))
     if router in DRAWING:
         draws = [True, router != "skills_by_language", True]  # a task without a row does not draw
-        apart = np.abs(first - second).max((1, 2))
-        assert ((apart > 1e-3) == draws).all(), apart
+        assert ((apart(first, second) > 1e-3) == draws).all(), apart(first, second)
     else:
         np.testing.assert_array_equal(first, second)
         np.testing.assert_array_equal(first, mixed)
@@ -131,7 +127,7 @@ def test_a_pair_starts_as_the_base_draws_in_training_only_and_composes(
     others = []
     for row, features in enumerate(DATASETS):
         single, leaves = adapters.compose(model.module, moved, **features)
-        composed = logits(leaves, model=EncoderDecoderModel(single))
+        composed = logits(leaves, model=kind.model(single))
         np.testing.assert_allclose(composed[row], mixed[row], atol=1e-5)
         others.append(np.abs(composed[row - 1] - mixed[row - 1]).max() > 1e-3)
         if module == "bottleneck":
@@ -148,49 +144,66 @@ def test_a_pair_starts_as_the_base_draws_in_training_only_and_composes(
 NETWORKS = (("low_rank", "low_rank_shared"), ("bottleneck",), ("scale_output", "scale_input"))
 
 
-def rules_for(modules):
-    """All routers of these modules, each at a layer of its own; a mixture is named as its pair."""
+def rules_for(modules, sites):
+    """All routers of these modules, at one layer after the other; a mixture is named as its pair."""
     rules = []
     for number, (module, router) in enumerate(pair for pair in PAIRS if pair[0] in modules):
-        site = SITES[(number + 2 * (module != modules[0])) % len(SITES)]
+        site = sites[(number + 2 * (module != modules[0])) % len(sites)]
         mixture = Mixture(f"{module}_{router}", MODULES[module], ROUTERS[router])
         rules.append(Rule(site, mixture))
     return tuple(rules)
 
 
-@pytest.fixture(scope="module", params=NETWORKS, ids=[modules[0] for modules in NETWORKS])
-def together(request, make_t5, space, batch, scatter):
-    """(model in a scanned network, base, fresh adapters, moved ones)."""
-    network = make_t5(scan_layers=True, remat_policy="full")
-    model = EncoderDecoderModel(Adapted(network, rules_for(request.param), space))
+@pytest.fixture(
+    scope="module",
+    params=[(kind, modules) for kind in KINDS for modules in NETWORKS],
+    ids=[f"{kind}-{modules[0]}" for kind in KINDS for modules in NETWORKS],
+)
+def together(request, kinds, space, scatter):
+    """(kind, model in a scanned network, base, fresh adapters, moved ones)."""
+    name, modules = request.param
+    kind = kinds[name]
+    network = kind.make(scan_layers=True, remat_policy="full")
+    model = kind.model(Adapted(network, rules_for(modules, kind.sites), space))
     key = jax.random.key(5, impl="unsafe_rbg")  # compiles faster
-    params = jax.jit(model.init)(key, batch)["params"]
+    params = jax.jit(model.init)(key, kind.batch)["params"]
     fresh, base = adapters.split(params, model.module)
-    return model, base, fresh, scatter(fresh)
+    return kind, model, base, fresh, scatter(fresh)
+
+
+def rows_of(kind, pack_rows):
+    """The kind's examples two to a row, where it packs."""
+    return pack_rows(kind.batch, [[2, 0], [1]]) if kind.model.PACKS else kind.batch
 
 
 def test_packed_rows_in_a_scanned_network_cost_what_examples_cost_in_an_unrolled_one(
-    together, make_t5, batch, pack_rows
+    together, pack_rows
 ):
-    model, base, fresh, moved = together
-    unrolled = EncoderDecoderModel(model.module.clone(network=make_t5()))
+    kind, model, base, fresh, moved = together
+    batch = kind.batch
+    unrolled = kind.model(model.module.clone(network=kind.make()))
 
     def alone(model, *trees):
         params = hub.unstack_layers(adapters.join(*trees))
-        return cost_per_token(model.logits(params, batch), batch)
+        return cost_per_token(model, model.logits(params, batch), batch)
 
     shapes = jax.eval_shape(unrolled.init, jax.random.key(0), batch)["params"]
     paths = flatten_dict(hub.unstack_layers(fresh), sep="/")
     assert set(paths) == set(flatten_dict(adapters.split(shapes, unrolled.module)[0], sep="/"))
 
     rows = [[2, 0], [1]]
-    packed = pack_rows(batch, rows)
+    packed = rows_of(kind, pack_rows)
     logits = jax.jit(lambda tree: model.logits(adapters.join(base, tree), packed))
-    for tree, expected in (
-        (fresh, alone(EncoderDecoderModel(unrolled.network), base)),
-        (moved, alone(unrolled, base, moved)),
+    for tree, plain, trees in (
+        (fresh, kind.model(unrolled.network), (base,)),
+        (moved, unrolled, (base, moved)),
     ):
-        found = cost_per_token(logits(tree), packed)
+        if not kind.model.PACKS:
+            expected = plain.logits(hub.unstack_layers(adapters.join(*trees)), batch)
+            np.testing.assert_allclose(logits(tree), expected, atol=1e-5)
+            continue
+        expected = alone(plain, *trees)
+        found = cost_per_token(model, logits(tree), packed)
         segments = np.asarray(packed["decoder_segment_ids"])
         for r, row in enumerate(rows):
             for segment, i in enumerate(row, 1):
@@ -198,16 +211,15 @@ def test_packed_rows_in_a_scanned_network_cost_what_examples_cost_in_an_unrolled
                 np.testing.assert_allclose(own, expected[i][: len(own)], atol=1e-5)
 
 
-def test_a_training_step_on_packed_rows_moves_every_adapter_and_nothing_else(
-    together, batch, pack_rows
-):
-    model, base, _, moved = together
-    packed = jax.tree.map(np.asarray, pack_rows(batch, [[2, 0], [1]]))
+def test_a_training_step_on_packed_rows_moves_every_adapter_and_nothing_else(together, pack_rows):
+    kind, model, base, _, moved = together
+    packed = jax.tree.map(np.asarray, rows_of(kind, pack_rows))
     params = adapters.join(base, moved)
     trained, frozen = optimizers.select(params, (), list(flatten_dict(moved, sep="/")))
     mesh = partitioning.make_mesh(1, jax.devices()[:1])
     optimizer = optimizers.Optimizer(optax.identity(), 0.1)
     made = trainer.Trainer(model, optimizer, mesh, trained, frozen)
+    kept = jax.tree.map(np.asarray, frozen)
     frozen = partitioning.place(frozen, made.frozen_sharding)
     rows = partitioning.place_batch(packed, mesh)
     start = jax.device_get(made.init_state(trained, 1))
@@ -222,19 +234,26 @@ def test_a_training_step_on_packed_rows_moves_every_adapter_and_nothing_else(
     again, same_loss = step(1)
     jax.tree.map(np.testing.assert_array_equal, after, again)
     assert loss == same_loss != step(2)[1]
-    jax.tree.map(np.testing.assert_array_equal, frozen, base)
+    jax.tree.map(np.testing.assert_array_equal, frozen, kept)
+    # A head, which no base has trained, moves as well.
+    head = {p: x for p, x in flatten_dict(base, sep="/").items() if p.startswith("classifier/")}
+    assert flatten_dict(kept).keys() == flatten_dict(base).keys() - {
+        tuple(p.split("/")) for p in head
+    }
     before = flatten_dict(moved, sep="/")
     assert {path.split("/")[-2] for path in before} == set(model.module.names)
     for path, leaf in flatten_dict(after, sep="/").items():
-        layers = np.abs(leaf - np.asarray(before[path])).reshape(2, -1).max(-1)
+        moves = np.abs(leaf - np.asarray((before | head)[path]))
+        layers = moves.reshape(1 if path in head else 2, -1).max(-1)
         assert np.isfinite(leaf).all() and (layers > 1e-6).all(), (path, layers)
 
 
-def test_an_example_in_a_mixed_batch_is_decoded_as_it_is_alone(together, batch):
-    model, base, _, moved = together
-    names = ("encoder_input_tokens", "decoder_input_tokens", "features", "tasks")
-    asked = {name: batch[name] for name in names}
-    decode = jax.jit(lambda batch: model.predict_batch_with_aux(params, batch, decoder="greedy"))
+def test_an_example_in_a_mixed_batch_is_predicted_as_it_is_alone(together):
+    kind, model, base, _, moved = together
+    asked = dict(kind.batch)
+    for name in ("decoder_target_tokens", "decoder_loss_weights", "labels"):
+        asked.pop(name, None)
+    decode = jax.jit(lambda batch: model.predict_batch_with_aux(params, batch))
     params = adapters.join(base, moved)
     mixed, aux = decode(asked)
     for i in range(3):

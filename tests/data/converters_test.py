@@ -140,3 +140,61 @@ def test_a_model_names_the_converter_of_its_batches(make_t5):
     plain = EncoderDecoderModel(make_t5()).FEATURE_CONVERTER_CLS(pack=True)
     (row,) = plain(ds, LENGTHS).as_numpy_iterator()
     assert "features" not in row and row["decoder_target_tokens"][0] == 5
+
+
+def test_a_decoders_packed_rows_hold_examples_one_behind_the_other_from_their_first_token():
+    ds = tokens([([7, 8], [5, 6, 1]), ([9], [4, 1])])
+    space = registry.feature_space("cv_mix")
+    make = converters.DecoderOnlyFeatureConverter.starting_with(2).bind(space, max_segments=4)
+    (row,) = make(pack=True)(ds, {"inputs": 4, "targets": 6}).as_numpy_iterator()
+    # SeqIO opens the padding, too, with the first token.
+    np.testing.assert_array_equal(row["decoder_input_tokens"], [2, 7, 8, 5, 6, 2, 9, 4, 2, 0])
+    np.testing.assert_array_equal(row["decoder_target_tokens"], [7, 8, 5, 6, 1, 9, 4, 1, 0, 0])
+    np.testing.assert_array_equal(row["decoder_loss_weights"], [0, 0, 1, 1, 1, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(row["decoder_segment_ids"], [1, 1, 1, 1, 1, 2, 2, 2, 0, 0])
+    np.testing.assert_array_equal(row["decoder_positions"], [0, 1, 2, 3, 4, 0, 1, 2, 0, 0])
+    np.testing.assert_array_equal(row["decoder_causal_attention"], [1, 1, 1, 0, 0, 1, 1, 0, 0, 0])
+    assert row["features"].tolist() == [[1, 1, 0]] * 2 + [[0, 0, 0]] * 2
+    plain = seqio.PrefixLMFeatureConverter(pack=True, bos_id=2)
+    (expected,) = plain(ds, {"inputs": 4, "targets": 6}).as_numpy_iterator()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(row[name], value, err_msg=name)
+
+
+def test_a_decoders_examples_to_evaluate_hold_their_prompt_and_their_answer():
+    make = converters.DecoderOnlyFeatureConverter.starting_with(2)
+    batch, texts = next(
+        pipeline.eval_batches(
+            "cv_a",
+            "train",
+            registry.feature_space("cv_mix"),
+            task_feature_lengths={"inputs": 3, "targets": 4},
+            batch_size=2,
+            converter=make,
+        )
+    )
+    assert [text["inputs_pretokenized"] for text in texts] == ["a0", "a1"]
+    letters = [*(ord(c) + 3 for c in "a1"), 1]
+    assert batch["decoder_prompt_tokens"].tolist()[1] == [2, *letters]
+    assert batch["decoder_answer_tokens"].tolist()[1] == [ord("x") + 3] * 2 + [1, 0]
+    x = ord("x") + 3
+    assert batch["decoder_input_tokens"].tolist()[1] == [2, *letters, x, x, 1]
+    assert batch["decoder_target_tokens"].tolist()[1] == [*letters, x, x, 1, 0]
+    assert batch["decoder_loss_weights"].tolist()[1] == [0, 0, 0, 1, 1, 1, 0]
+    assert batch["features"].tolist() == [[[1, 1, 0]]] * 2
+
+
+def test_an_encoders_rows_know_which_text_a_token_is_of():
+    examples = [{"inputs": [5, 9, 8, 9, 6, 9], "targets": [2], DATASET_KEY: [key_of("cv_a") << 2]}]
+    spec = {k: tf.TensorSpec((None,), tf.int32) for k in (*LENGTHS, DATASET_KEY)}
+    ds = tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=spec)
+    space = registry.feature_space("cv_mix")
+    make = converters.ClassificationFeatureConverter.ending_with(9).bind(space)
+    (row,) = make(pack=False)(ds, {"inputs": 8, "targets": 1}).as_numpy_iterator()
+    assert row["encoder_input_tokens"].tolist() == [5, 9, 8, 9, 6, 9, 0, 0]
+    assert row["encoder_token_types"].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+    assert row["labels"].tolist() == [2] and row["features"].tolist() == [[1, 1, 0]]
+    with pytest.raises(ValueError, match="set pack = False"):
+        make(pack=True)
+    with pytest.raises(ValueError, match="set the length of targets to 1, not 12"):
+        make(pack=False)(ds, LENGTHS)

@@ -1,5 +1,6 @@
 """Each metric against values worked out by hand."""
 
+import numpy as np
 import pytest
 
 from modjax.evaluation import metrics
@@ -107,7 +108,8 @@ def test_bleu_splits_scripts_without_spaces_into_characters():
 
 def test_every_metric_takes_empty_predictions_and_stays_between_0_and_100():
     for name, metric in metrics.METRICS.items():
-        score = metric([GOLD, GOLD], ["", GOLD], language="en")
+        gold = ["1", "2.5"] if name == "pearson" else [GOLD, GOLD]
+        score = metric(gold, ["", gold[1]], language="en")
         assert 0 <= score.value <= 100, name
         assert len(score.per_example) == score.n == 2, name
 
@@ -123,3 +125,26 @@ def test_lists_of_different_or_no_length_are_an_error(name):
         metrics.get(name)(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="nothing to score"):
         metrics.get(name)([], [])
+
+
+def test_correlations_are_those_of_the_formulas():
+    # Two classes: true positives 3, negatives 2, false positives 1, negatives 2.
+    gold, given = list("aaaaabbb"), list("aaabbabb")
+    expected = (3 * 2 - 1 * 2) / ((3 + 1) * (3 + 2) * (2 + 1) * (2 + 2)) ** 0.5
+    score = metrics.get("matthews")(gold, given)
+    assert score.value == pytest.approx(100 * expected)
+    assert score.per_example == (100, 100, 100, 0, 0, 0, 100, 100)
+    assert metrics.get("matthews")(gold, ["a"] * 8).value == 0
+    assert metrics.get("matthews")(["a", "b"], ["b", "a"]).value == pytest.approx(-100)
+    three = metrics.get("matthews")(list("aabbcc"), list("aabbca")).value
+    assert three == pytest.approx(100 * (5 * 6 - 12 + 0) / ((36 - 12) * (36 - 14)) ** 0.5)
+
+    numbers, guesses = ["1", "2.5", "4"], ["2", "1", "5.5"]
+    expected = np.corrcoef([1, 2.5, 4], [2, 1, 5.5])[0, 1]
+    assert metrics.get("pearson")(numbers, guesses).value == pytest.approx(100 * expected)
+    assert metrics.get("pearson")(numbers, ["3"] * 3).value == 0
+    # What is no number is neither above nor below the others.
+    some = metrics.get("pearson")(["1", "2", "3"], ["1", "two", "5"])
+    assert some.value == pytest.approx(100) and some.per_example[1] == 0
+    with pytest.raises(ValueError, match="the target 'two' is none"):
+        metrics.get("pearson")(["1", "two"], ["1", "2"])

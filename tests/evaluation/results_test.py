@@ -48,8 +48,8 @@ def test_a_file_is_replaced_whole_or_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"value": float("nan")}, "'value' must be a number from 0 to 100, got nan"),
-        ({"value": 100.1}, "'value' must be a number from 0 to 100, got 100.1"),
+        ({"value": float("nan")}, "'value' must be a number from -100 to 100, got nan"),
+        ({"value": 100.1}, "'value' must be a number from -100 to 100, got 100.1"),
         ({"value": True}, "'value' must be a number"),
         ({"value": "50"}, "'value' must be a number"),
         ({"n": 0}, "'n' must be a whole number >= 1, got 0"),
