@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from modjax.errors import nearest
+from modjax.hub import t5x_files
 from modjax.hub.errors import HubError, listed
 from modjax.hub.kinds import KINDS, Kind, name_of
 from modjax.hub.layers import flatten, unflatten, unstack_layers
@@ -48,7 +49,8 @@ def load_base(
     """Reads a base network's configuration and weights.
 
     Args:
-      path: a folder: of `save_base`, or of transformers' `save_pretrained` (see `kinds`).
+      path: a folder: of `save_base`, of transformers' `save_pretrained` (see `kinds`), or a T5X
+        checkpoint of a T5 (see `t5x`).
       dtype: float32, bfloat16, ... to convert the weights to while reading; None keeps the files'
         own.
       scan_layers: stack the layers, for a network with `scan_layers=True`.
@@ -129,7 +131,7 @@ def save_base(
     """
     flat = flatten(params)
     shapes = {name: tuple(x.shape) for name, x in flat.items()}
-    _compare(KINDS[name_of(config)].shapes(config), shapes, "these parameters")
+    compare(KINDS[name_of(config)].shapes(config), shapes, "these parameters")
     if config.scan_layers:
         host = {name: np.asarray(x) if "/layers/" in name else x for name, x in flat.items()}
         flat = flatten(unstack_layers(unflatten(host)))
@@ -210,6 +212,10 @@ class Base:
 def open_base(path: str | os.PathLike[str]) -> Base:
     """Reads a folder's headers and checks that it holds a network, whole; errors as `load_base`."""
     folder = Path(path)
+    if t5x_files.is_checkpoint(folder):
+        from modjax.hub.t5x import open_t5x
+
+        return open_t5x(folder)
     config = _read_config(folder)
     files = TensorFiles(folder)
     if config.get("format") == FORMAT:
@@ -229,7 +235,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
     }
     theirs = {name: source.tensor for name, source in sources.items()}
     expected = kind.shapes(kind.config(**fields))
-    _compare(expected, found, str(folder), theirs)
+    compare(expected, found, str(folder), theirs)
     return Base(network, fields, files, sources, expected, huggingface)
 
 
@@ -288,12 +294,14 @@ def _own_network(config: Mapping[str, Any], folder: Path) -> tuple[str, dict[str
     return network, {name: getattr(made, name) for name in known}
 
 
-def _compare(
+def compare(
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
     where: str,
     theirs: Mapping[str, str] | None = None,
 ) -> None:
+    """Raises a HubError that names what shapes `where` lacks, has too many, or has otherwise than expected."""
+
     def called(name: str) -> str:
         source = (theirs or {}).get(name, name)
         return name if source == name else f"{name} (from {source})"

@@ -51,19 +51,24 @@ def import_hf(
     check_free(folder, force)
     found = _local(source, revision)
     base = open_base(found)
+    tokenizers.describe(found)  # finds what is wrong with it before anything is written
+    write(base, folder, dtype, max_shard_bytes)
+    tokenizers.copy(found, folder)
+    return open_base(folder)
+
+
+def write(base: Base, folder: Path, dtype: str | None, max_shard_bytes: int) -> None:
+    """Writes a base's weights, config.json and fingerprint.json, one parameter at a time; see `import_hf`."""
     target = None if dtype is None else float_dtype(dtype)
     base.warn_float16(target)
     digests: dict[str, str] = {}
     tensors = {name: _Parameter(base, name, target, digests) for name in base.shapes}
-    tokenizers.describe(found)  # finds what is wrong with it before anything is written
     config = base.kind.config(**base.fields)
     last: dict[str, Any] = {
         FINGERPRINT: lambda: json.dumps(_whole(digests), indent=1) + "\n",
         "config.json": describe(config, base.huggingface),
     }
     write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes, last=last)
-    tokenizers.copy(found, folder)
-    return open_base(folder)
 
 
 def verify(path: str | os.PathLike[str]) -> int:
