@@ -121,7 +121,7 @@ class Slots(nn.Module):
 
     @nn.compact
     def __call__(
-        self, shape: tuple[int, int], more: int, lengths: Array | None
+        self, shape: tuple[int, ...], more: int, lengths: Array | None
     ) -> tuple[Array, Array, Array]:
         """Takes the next slots for tokens `[B, Q]`.
 

@@ -77,12 +77,21 @@ _LLAMA = dict(
     num_key_value_heads=2,
     eos_token_id=1,
     bos_token_id=2,
+    max_position_embeddings=64,
 )
 # name -> (class, configuration). Windows and original contexts are shorter than what the tests feed.
 DECODERS = {
     "gpt2": (
         "GPT2LMHead",
-        dict(vocab_size=67, n_embd=24, n_head=4, n_layer=3, n_positions=64, eos_token_id=1),
+        dict(
+            vocab_size=67,
+            n_embd=24,
+            n_head=4,
+            n_layer=3,
+            n_positions=64,
+            bos_token_id=2,
+            eos_token_id=1,
+        ),
     ),
     "gpt2_separate": (
         "GPT2LMHead",
@@ -96,6 +105,7 @@ DECODERS = {
             activation_function="gelu",
             scale_attn_weights=False,
             tie_word_embeddings=False,
+            bos_token_id=2,
             eos_token_id=1,
         ),
     ),
