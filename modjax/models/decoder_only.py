@@ -120,7 +120,7 @@ class DecoderOnlyModel(GeneratingModel):
             logits, new = self._apply(variables, "__call__", fed, mix=row_mix, **options)
             return logits, new["cache"]
 
-        return Prompted(cache["cache"], step)
+        return Prompted(tokens.shape[0], cache["cache"], step)
 
 
 def _prompts(batch: Batch) -> Array:

@@ -88,4 +88,4 @@ class EncoderDecoderModel(GeneratingModel):
             )
             return logits, new["cache"]
 
-        return Prompted(cache["cache"], step)
+        return Prompted(inputs.shape[0], cache["cache"], step)

@@ -19,11 +19,13 @@ class Prompted(NamedTuple):
     """A batch that is ready to be continued.
 
     Attributes:
+      rows: how many examples.
       cache: of one row for each example, with all that comes before the first new token.
       step: `(cache, tokens int32 [rows, 1], is_first bool [rows, 1]) -> (logits [rows, 1, V], new cache)`, for rows
         that are repeated `num_decodes` times each; `is_first` marks the start token of the decoding loop.
     """
 
+    rows: int
     cache: Any
     step: Callable[[Any, Array, Array], tuple[Array, Any]]
 
@@ -119,10 +121,9 @@ class GeneratingModel(Model):
             # Tokens are counted from the padding, which is never written.
             return _from_padding(jnp.squeeze(logits, axis=1), self.token_offset), cache
 
-        rows = batch[self.INPUTS[0]].shape[0]
         scanned = bool(getattr(getattr(self.network, "config", None), "scan_layers", False))
         offset = 1 if scanned else 0
-        empty = jnp.zeros((rows, steps), jnp.int32)
+        empty = jnp.zeros((prompted.rows, steps), jnp.int32)
         start = (empty, prompted.cache, tokens_to_logits, self.eos_id)
         if decoder == "greedy":
             decodes, scores = decoding.greedy_decode(*start, cache_offset=offset)
