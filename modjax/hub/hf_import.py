@@ -146,4 +146,5 @@ def _local(source: str, revision: str | None) -> Path:
     try:
         return Path(fetch(source, revision=revision, allow_patterns=list(_WANTED)))
     except Exception as error:  # of many kinds: no such model, no connection, no permission
-        raise HubError(f"{source} is no folder here, and the hub says: {error}") from error
+        said = " ".join(str(error).split())
+        raise HubError(f"{source} is no folder here, and the hub says: {said}") from error

@@ -35,7 +35,7 @@ _OTHER_DTYPES: dict[str, Any] = {
 }
 Contents = str | bytes
 _DEFAULT_SHARD_BYTES = 2_000_000_000
-_CHUNK_BYTES = 64_000_000
+_CHUNK_BYTES = 4_000_000
 
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".pkl")
 _CONVERT = """\
@@ -92,7 +92,7 @@ class TensorFiles:
         return self._file_of[name].get_tensor(name)
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
-        """The tensor in slices along its first axis, of at most some 64 MB each; errors as `read`."""
+        """The tensor in slices along its first axis, of at most some 4 MB each; errors as `read`."""
         self.check_floating([name])
         shape = self.shapes[name]
         row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * self.dtypes[name].itemsize
