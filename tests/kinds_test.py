@@ -14,11 +14,10 @@ import train as train_entry
 from modjax import checkpoints, hub
 from modjax.hub import tokenizers
 from modjax.networks import decoder, encoder
+from tests.testdata import tokenizer_folders
 
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
 sys.path.insert(0, str(TESTDATA))
-
-import tokenizer_folders  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ class ExamplesSource(seqio.DataSource):
     saved of its position are numbers instead of examples.
 
     Args:
-      splits: for each split its examples, dictionaries with the same keys (text or arrays of one
-        shape), or a function without arguments that returns them, called when first needed.
+      splits: for each split its examples, dictionaries with the same keys (text, arrays of one
+        shape, or lists of any lengths), or a function without arguments that returns them, called
+        when first needed.
 
     Raises:
       ValueError: when a split is read that does not exist, is empty, or has examples with other
@@ -31,7 +32,7 @@ class ExamplesSource(seqio.DataSource):
     def __init__(self, splits: Mapping[str, Examples | Callable[[], Examples]]):
         super().__init__(splits=splits, performs_internal_shuffling=True)
         self._sources = dict(splits)
-        self._columns: dict[str, dict[str, np.ndarray]] = {}
+        self._columns: dict[str, dict[str, Any]] = {}
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -41,7 +42,7 @@ class ExamplesSource(seqio.DataSource):
         return [split]
 
     def num_input_examples(self, split: str) -> int:
-        return len(next(iter(self._load(split).values())))
+        return int(next(iter(self._load(split).values())).shape[0])
 
     def get_dataset(
         self,
@@ -53,7 +54,10 @@ class ExamplesSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         """The examples of one split, or of one shard of it, in an order given by the seed."""
         del unused
-        columns = {k: tf.constant(v) for k, v in self._load(split).items()}
+        columns = {
+            k: v if isinstance(v, tf.RaggedTensor) else tf.constant(v)
+            for k, v in self._load(split).items()
+        }
         number = self.num_input_examples(split)
         ds = tf.data.Dataset.range(number)
         if shuffle:
@@ -63,7 +67,7 @@ class ExamplesSource(seqio.DataSource):
             ds = ds.shard(shard_info.num_shards, shard_info.index)
         return map_plainly(ds, lambda i: {k: v[i] for k, v in columns.items()})
 
-    def _load(self, split: str) -> dict[str, np.ndarray]:
+    def _load(self, split: str) -> dict[str, Any]:
         if split not in self._sources:
             raise ValueError(f"No split {split!r}.{nearest(split, self._sources)}")
         if split not in self._columns:
@@ -81,7 +85,9 @@ class ExamplesSource(seqio.DataSource):
         return self._columns[split]
 
 
-def _column(values: Sequence[Any]) -> np.ndarray:
+def _column(values: Sequence[Any]) -> np.ndarray | tf.RaggedTensor:
     if isinstance(values[0], str | bytes):
         return np.array([v.encode() if isinstance(v, str) else v for v in values], dtype=object)
+    if isinstance(values[0], list | tuple):
+        return tf.ragged.constant([list(v) for v in values])
     return np.asarray(values)

@@ -4,9 +4,9 @@ import os
 
 import numpy as np
 import seqio
-import tokenizer_folders
 
 from modjax.data import classification, registry, sources, vocabularies
+from tests.testdata import tokenizer_folders
 
 LANGUAGES = {"el": "greek", "ru": "cyrillic", "ko": "hangul"}
 

@@ -14,7 +14,8 @@ SPACE = FeatureSpace(
 )
 STEP = 3
 # Mean and deviation of what a leaf of an adapter has learned, by its name.
-_LEARNED = {"scale": (1.0, 0.4), "logits": (0.0, 1.5), "a": (0.0, 0.4), "b": (0.0, 0.4)}
+_LEARNED = {"scale": (1.0, 0.4), "logits": (0.0, 1.5)}
+_OTHERS = (0.0, 0.2)
 
 
 class _Nowhere:
@@ -55,7 +56,7 @@ def write_run(folder, base, rules=(), *, groups=(), gin=None, seed=0, **changes)
     for path, leaf in traverse_util.flatten_dict(layout.trained, sep="/").items():
         noise = rng.normal(size=leaf.shape)
         if set(path.split("/")) & set(names):
-            mean, deviation = _LEARNED.get(path.rpartition("/")[2], (0.0, 0.4))
+            mean, deviation = _LEARNED.get(path.rpartition("/")[2], _OTHERS)
             value = mean + deviation * noise
         elif initialize.is_head(path):
             value = noise

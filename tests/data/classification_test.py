@@ -1,0 +1,100 @@
+"""Tasks for encoders: texts in the template, labels and numbers as targets, and back to text."""
+
+import numpy as np
+import pytest
+
+from modjax.data import classification, converters, pipeline, registry, vocabularies
+from modjax.data.sources import ExamplesSource
+from modjax.features import FeatureSpace
+from tests.testdata import tokenizer_folders
+
+GREEK, KOREAN = tokenizer_folders.TEXTS["greek"], tokenizer_folders.TEXTS["hangul"]
+ROWS = [
+    {"one": GREEK, "two": KOREAN, "targets": "other"},
+    {"one": KOREAN[:6], "two": KOREAN[:6], "targets": "same"},
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return vocabularies.vocabulary_of(
+        tokenizer_folders.word_piece(tmp_path_factory.mktemp("words"))
+    )
+
+
+@pytest.fixture
+def add(vocabulary):
+    """Registers a task of two texts, or of one; forgets it afterwards."""
+    names = []
+
+    def add(name, rows, texts, labels):
+        registry.add_task(
+            name,
+            ExamplesSource({"train": rows}),
+            [classification.in_template(texts), classification.tokenize_target],
+            classification.features(vocabulary, labels),
+        )
+        names.append(name)
+
+    yield add
+    for name in names:
+        registry.remove(name)
+
+
+def read(task, converter, inputs):
+    batches = pipeline.eval_batches(
+        task,
+        "train",
+        FeatureSpace(()),
+        task_feature_lengths={"inputs": inputs, "targets": 1},
+        batch_size=2,
+        converter=converter,
+    )
+    return next(batches)
+
+
+def test_pairs_are_joined_in_the_template_and_cut_inside_it(add, vocabulary):
+    add("cls_pair", ROWS, ("one", "two"), ("same", "other"))
+    sep = vocabulary.sep_id
+    make = converters.ClassificationFeatureConverter.ending_with(sep)
+    batch, texts = read("cls_pair", make, 200)
+    for row, types, example in zip(
+        batch["encoder_input_tokens"], batch["encoder_token_types"], ROWS, strict=True
+    ):
+        expected, kinds = vocabulary.encode_pair(example["one"], example["two"])
+        assert row[row > 0].tolist() == expected and types[row > 0].tolist() == kinds
+        assert not types[row == 0].any()
+    assert batch["labels"].tolist() == [[2], [1]]
+    assert texts[1]["inputs_pretokenized"] == f"{KOREAN[:6]}\n{KOREAN[:6]}"
+    assert [text["targets_pretokenized"] for text in texts] == ["other", "same"]
+
+    batch, _ = read("cls_pair", make, 16)
+    row = batch["encoder_input_tokens"][0]
+    assert (row > 0).all() and row[0] == vocabulary.cls_id and row[-1] == sep
+    assert np.count_nonzero(row == sep) == 2
+
+
+def test_numbers_are_float_targets(add):
+    add("cls_number", [{"inputs": GREEK, "targets": "-1.25"}], ("inputs",), None)
+    batch, _ = read("cls_number", converters.RegressionFeatureConverter.ending_with(None), 64)
+    assert batch["values"].dtype == np.float32 and batch["values"][0].tolist() == [-1.25]
+    assert not batch["encoder_token_types"].any()
+    numbers = classification.NumberVocabulary()
+    assert numbers.encode("2.5") == [2.5] and numbers.decode([2.5]) == "2.5"
+
+
+def test_labels_go_there_and_back_and_others_are_refused(add):
+    labels = classification.LabelVocabulary(("no", "yes"))
+    assert labels.encode("yes") == [2] and labels.decode([2]) == "yes" and labels.vocab_size == 3
+    assert labels == classification.LabelVocabulary(("no", "yes"))
+    assert labels != classification.LabelVocabulary(("yes", "no"))
+    with pytest.raises(ValueError, match="'yess' is no label. Did you mean 'yes'"):
+        labels.encode("yess")
+    with pytest.raises(ValueError, match="different texts, at least one"):
+        classification.LabelVocabulary(("a", "a"))
+    with pytest.raises(ValueError, match="name of one text or two"):
+        classification.in_template(("a", "b", "c"))
+    add("cls_odd", [{"inputs": GREEK, "targets": "maybe"}], ("inputs",), ("no", "yes"))
+    make = converters.ClassificationFeatureConverter.ending_with(None)
+    with pytest.raises(ValueError, match="maybe.*is no label of"):
+        read("cls_odd", make, 64)
