@@ -40,11 +40,11 @@ TRAINED = {
 }
 
 
-def configured(method, *bindings):
-    """(model, optimizer, layout) as train.py would make them for the tiny base."""
+def configured(method, *bindings, base="tiny"):
+    """(model, optimizer, layout) as train.py would make them for a tiny base of testdata."""
     extra = {"lora_wide": ("WIDE_RANK = 14",)}.get(method, ())
     flags = launch.Flags(
-        ("tests/testdata/tiny.gin", f"methods/{method}.gin", "runs/finetune.gin"),
+        (f"tests/testdata/{base}.gin", f"methods/{method}.gin", "runs/finetune.gin"),
         (
             "MIXTURE_OR_TASK_NAME = 'toy'",
             f"TASK_FEATURE_LENGTHS = {LENGTHS}",
@@ -63,7 +63,7 @@ def configured(method, *bindings):
     )
     assert name == method
     model = model.with_space(SPACE)
-    batch = model.example_batch(LENGTHS, SPACE, segments=4)
+    batch = model.example_batch(LENGTHS, SPACE, segments=4 if model.PACKS else None)
     return model, optimizer, initialize.layout(model, batch, optimizer.groups)
 
 
@@ -82,6 +82,24 @@ def test_a_methods_file_fits_a_base_and_trains_something_but_not_the_base(name):
         assert not any(path.endswith(("kernel", "embedding")) for path in trained)
     transform = optimizer.build(layout.trained)
     jax.eval_shape(transform.init, layout.trained)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("base", ["tiny_decoder", "tiny_encoder"])
+def test_a_methods_file_fits_the_other_kinds_of_bases_and_trains_their_head(name, base):
+    _, _, layout = configured(name, base=base)
+    trained = set(traverse_util.flatten_dict(layout.trained, sep="/"))
+    frozen = set(traverse_util.flatten_dict(layout.frozen, sep="/"))
+    head = {path for path in trained | frozen if path.startswith("classifier/")}
+    assert head <= trained and len(head) == (2 if base == "tiny_encoder" else 0)
+    if name == "full":
+        assert not frozen
+    elif name == "bitfit":
+        assert all(re.search("(bias|scale)$", path) for path in trained - head)
+        assert any("/query/bias" in path for path in trained)
+    else:
+        assert not any(path.endswith(("kernel", "embedding")) for path in trained - head)
+        assert trained - head and frozen
 
 
 def test_ia3_scales_keys_values_and_the_input_of_wo():

@@ -56,6 +56,22 @@ def test_metadata_and_metrics_are_kept_beside_the_task(add):
     assert registry.has_metadata("reg_a") and not registry.has_metadata("reg_b")
 
 
+def test_seqios_own_evaluator_computes_our_metrics_in_the_tasks_language(add):
+    targets, predictions = ["a cat", "dog"], ["cat", "fox"]
+    add("reg_en", metadata={"language": "en"}, metric_names=["exact_match", "qa_exact_match"])
+    add("reg_sw", metadata={"language": "sw"}, metric_names=["qa_exact_match"])
+
+    def computed(name):
+        fns = seqio.TaskRegistry.get(name).predict_metric_fns
+        return {k: v for fn in fns for k, v in fn(targets, predictions).items()}
+
+    # English articles do not count, and Swahili has none.
+    assert computed("reg_en") == {"exact_match": 0.0, "qa_exact_match": 50.0}
+    assert computed("reg_sw") == {"qa_exact_match": 0.0}
+    add("reg_own", metric_fns=[])
+    assert seqio.TaskRegistry.get("reg_own").metric_fns == []
+
+
 def test_feature_space_of_a_mixture_and_of_some_of_its_features(add):
     names = grid(add, ("tag", "sw"), ("parse", "en"), ("parse", "sw"))
     add.mixture("reg_mix", names)

@@ -1,5 +1,6 @@
 """Our cached decoding finds what transformers' generate finds with the same weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -59,7 +60,10 @@ def _predict(model, params, inputs, **options):
 
 
 @pytest.mark.parametrize(
-    "pair", [("t5", False), ("byt5", True), ("umt5", False)], indirect=True, ids=str
+    "pair",
+    [("t5", False), ("mt5", False), ("byt5", True), ("umt5", False)],
+    indirect=True,
+    ids=str,
 )
 def test_greedy_decoding_equals_generate(pair):
     theirs, model, params, inputs = pair
@@ -67,6 +71,22 @@ def test_greedy_decoding_equals_generate(pair):
     expected = _padded(_generate(theirs, inputs, num_beams=1).sequences)
     np.testing.assert_array_equal(ours, expected)
     assert len({tuple(row) for row in expected}) >= 6, "decodes that do not differ show nothing"
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [("t5", False), ("t5_1_1", False), ("mt5", True), ("byt5", False), ("umt5", True)],
+    indirect=True,
+    ids=str,
+)
+def test_four_beams_equal_generate_token_by_token_where_nothing_ends_early(pair):
+    theirs, model, params, inputs = pair
+    options = {"length_penalty": 0.0, "eos_token_id": None, "pad_token_id": 0}
+    found = _generate(theirs, inputs, num_beams=4, **options)
+    endless = dataclasses.replace(model, eos_id=-1)
+    ours, scores = _predict(endless, params, inputs, decoder="beam", num_decodes=4, alpha=0.0)
+    np.testing.assert_array_equal(ours, found.sequences.numpy()[:, 1:])
+    np.testing.assert_allclose(scores, found.sequences_scores.numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("pair", [("mt5", False), ("byt5", True)], indirect=True, ids=str)
