@@ -61,7 +61,8 @@ def add_task(
       postprocess_fn: SeqIO's, `fn(text, example=..., is_target=...)`.
       empty_targets: whether an example whose targets hold nothing but the end of sequence is an
         error when it is read (a ValueError out of the iterator, naming the task) or a lesson.
-      **kwargs: for `seqio.TaskRegistry.add`, as `metric_fns`, `shuffle_buffer_size`.
+      **kwargs: for `seqio.TaskRegistry.add`, as `shuffle_buffer_size`; or `metric_fns`, of SeqIO's
+        own evaluator, instead of those of `metric_names`.
 
     Returns:
       The SeqIO task.
@@ -96,6 +97,7 @@ def add_task(
     carry_key = carry.carry_key(name, allow_empty=empty_targets == "allow")
     if isinstance(source, ExamplesSource):
         kwargs.setdefault("shuffle_buffer_size", None)  # it shuffles by itself, and better
+    kwargs.setdefault("metric_fns", [_metric_fn(metric, entry) for metric in entry.metric_names])
     task = seqio.TaskRegistry.add(
         name,
         source=source,
@@ -283,6 +285,22 @@ def _entry(task_name: str) -> _Entry:
             "register it with modjax.data.registry.add_task."
         )
     return _ENTRIES[task_name]
+
+
+def _metric_fn(name: str, entry: _Entry) -> Callable[..., dict[str, float]]:
+    """A metric of ours as SeqIO's own evaluator, and T5X's, calls it."""
+
+    def metric_fn(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        from modjax.evaluation import metrics  # it lies above the data
+
+        language = (entry.metadata or {}).get("language")
+        score = metrics.get(name)(
+            targets, predictions, language=language if isinstance(language, str) else None
+        )
+        return {name: score.value}
+
+    metric_fn.__name__ = name
+    return metric_fn
 
 
 def _checked_metadata(metadata: Mapping[str, Value] | None, where: str) -> dict[str, Value] | None:
