@@ -18,18 +18,18 @@ Qwen3 (2505.09388), Gemma 2 (2408.00118), Gemma 3 (2503.19786). A prefix is seen
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import partitioning
 
-from modjax.errors import nearest
-from modjax.networks import layers
+from modjax.networks import configuration, layers
 from modjax.networks.decoder_attention import GroupedAttention, Slots, soft_cap
 from modjax.networks.rope import Rope
+from modjax.networks.stacking import stack
 
 Array = jax.Array
 
@@ -105,50 +105,25 @@ class DecoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         object.__setattr__(self, "windows", tuple(self.windows))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         for name in ("rope", "local_rope"):
             value: Any = getattr(self, name)
             if value is not None and not isinstance(value, Rope):
                 object.__setattr__(self, name, Rope(**value))
-        for name in (
-            "vocab_size",
-            "emb_dim",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_dim",
-            "num_layers",
-        ):
-            self._check(getattr(self, name) >= 1, name, "must be at least 1")
-        for name, known in (
-            ("norm", NORMS),
-            ("positions", POSITIONS),
-            ("remat_policy", layers.REMAT_POLICIES),
-        ):
-            value = getattr(self, name)
-            self._check(value in known, name, "is unknown." + nearest(value, known))
-        for name in self.mlp_activations:
-            if name not in layers.ACTIVATIONS:
-                raise ValueError(
-                    f"DecoderConfig.mlp_activations: unknown {name!r}."
-                    + nearest(name, layers.ACTIVATIONS)
-                )
+        sizes = ("vocab_size", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+        configuration.check(self, (*sizes, "num_layers"))
+        require = functools.partial(configuration.require, self)
+        configuration.require_known(self, "norm", NORMS)
+        configuration.require_known(self, "positions", POSITIONS)
         heads = f"must divide num_heads {self.num_heads}"
-        self._check(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", heads)
-        self._check(self.token_offset in (0, 1), "token_offset", "must be 0 or 1")
-        self._check(0.0 <= self.dropout_rate < 1.0, "dropout_rate", "must be in [0, 1)")
+        require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", heads)
+        require(self.token_offset in (0, 1), "token_offset", "must be 0 or 1")
         fits = 0 < len(self.windows) <= self.num_layers and min(self.windows) >= 0
-        self._check(fits, "windows", "must be numbers from 0, one per layer or a pattern of them")
+        require(fits, "windows", "must be numbers from 0, one per layer or a pattern of them")
         if self.positions == "learned":
-            self._check(self.max_positions >= 1, "max_positions", "must be at least 1")
+            require(self.max_positions >= 1, "max_positions", "must be at least 1")
         else:
-            self._check(self.head_dim % 2 == 0, "head_dim", "must be even for rope")
-
-    def _check(self, good: bool, name: str, what: str) -> None:
-        if not good:
-            raise ValueError(f"DecoderConfig.{name} {what}; got {getattr(self, name)!r}.")
+            require(self.head_dim % 2 == 0, "head_dim", "must be even for rope")
 
     def layer_windows(self) -> np.ndarray:
         """Each layer's window, int32 `[num_layers]`; 0 for none."""
@@ -252,24 +227,8 @@ class Decoder(nn.Module):
         local = (windows > 0) & (cfg.local_rope is not None)
         own = (windows, local.astype(np.int32))
         seen = (mask, distance, tables)
-
-        layer: Any = Layer
-        if cfg.remat_policy != "none" and not step.decode:
-            # Inside a scan the loop already keeps XLA from undoing the recomputation.
-            policy = layers.REMAT_POLICIES[cfg.remat_policy]
-            layer = nn.remat(layer, policy=policy, prevent_cse=not cfg.scan_layers)
-        if cfg.scan_layers:
-            scanned = partitioning.scan_with_axes(
-                layer,
-                variable_axes={"params": 0, "cache": 0, "intermediates": 0},
-                split_rngs={True: True},  # every stream, also those that only an adapter draws from
-                in_axes=(nn.broadcast, nn.broadcast, 0),
-                length=cfg.num_layers,
-            )
-            x, _ = scanned(cfg, step, name="layers")(x, seen, index, own)
-        else:
-            for i in range(cfg.num_layers):
-                x, _ = layer(cfg, step, name=f"layers_{i}")(x, seen, index, (own[0][i], own[1][i]))
+        shared = (seen, index)
+        x = stack(Layer, (cfg, step), cfg.num_layers, cfg, x, shared, (own,), remat=not step.decode)
         x = _norm(cfg, "decoder_norm")(x)
         if cfg.logits_via_embedding:
             return x

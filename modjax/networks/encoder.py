@@ -9,15 +9,14 @@ those have the part.
 """
 
 import dataclasses
-from typing import Any
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen import partitioning
 
-from modjax.errors import nearest
-from modjax.networks import layers
+from modjax.networks import configuration, layers
+from modjax.networks.stacking import stack
 
 Array = jax.Array
 
@@ -72,50 +71,19 @@ class EncoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        for name in (
-            "vocab_size",
-            "emb_dim",
-            "num_heads",
-            "head_dim",
-            "mlp_dim",
-            "num_layers",
-            "type_vocab_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"EncoderConfig.{name} must be at least 1, got {getattr(self, name)}."
-                )
-        if self.token_offset not in (0, 1):
-            raise ValueError(f"EncoderConfig.token_offset must be 0 or 1, got {self.token_offset}.")
-        if not 0 <= self.position_offset < self.max_positions:
-            raise ValueError(
-                f"EncoderConfig.position_offset must be in [0, max_positions = {self.max_positions}), "
-                f"got {self.position_offset}."
-            )
-        for field, names, known in (
-            ("mlp_activations", self.mlp_activations, layers.ACTIVATIONS),
-            ("remat_policy", (self.remat_policy,), layers.REMAT_POLICIES),
-            ("head", (self.head,), HEADS),
-        ):
-            for name in names:
-                if name not in known:
-                    raise ValueError(
-                        f"EncoderConfig.{field}: unknown {name!r}." + nearest(str(name), known)
-                    )
-        if not self.mlp_activations:
-            raise ValueError("EncoderConfig.mlp_activations is empty: name at least one.")
+        sizes = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "num_layers")
+        configuration.check(self, (*sizes, "type_vocab_size"))
+        require = functools.partial(configuration.require, self)
+        require(self.token_offset in (0, 1), "token_offset", "must be 0 or 1")
+        within = f"must be in [0, max_positions = {self.max_positions})"
+        require(0 <= self.position_offset < self.max_positions, "position_offset", within)
+        configuration.require_known(self, "head", HEADS)
         if self.head == "pooled" and not self.pooler:
             raise ValueError("EncoderConfig.head='pooled' needs pooler=True; 'dense' does not.")
         if (self.num_outputs > 0) != (self.head != "none") or self.num_outputs < 0:
             raise ValueError(
                 f"EncoderConfig.num_outputs is {self.num_outputs} with head={self.head!r}: a head has "
                 "at least 1 output (1 is regression), no head has 0."
-            )
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(
-                f"EncoderConfig.dropout_rate must be in [0, 1), got {self.dropout_rate}."
             )
 
 
@@ -196,26 +164,7 @@ class Encoder(nn.Module):
         x = x + embed(cfg.type_vocab_size, "type_embedder")(token_types)
         x = layers.LayerNorm(cfg.dtype, cfg.norm_epsilon, name="embedding_norm")(x)
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
-        layer: Any = Layer
-        if cfg.remat_policy != "none":
-            # Inside a scan the loop already keeps XLA from undoing the recomputation.
-            layer = nn.remat(
-                layer,
-                policy=layers.REMAT_POLICIES[cfg.remat_policy],
-                prevent_cse=not cfg.scan_layers,
-            )
-        if cfg.scan_layers:
-            scanned = partitioning.scan_with_axes(
-                layer,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={True: True},  # every stream, also those that only an adapter draws from
-                in_axes=nn.broadcast,
-                length=cfg.num_layers,
-            )
-            return scanned(cfg, deterministic, name="layers")(x, mask)[0]
-        for i in range(cfg.num_layers):
-            x, _ = layer(cfg, deterministic, name=f"layers_{i}")(x, mask)
-        return x
+        return stack(Layer, (cfg, deterministic), cfg.num_layers, cfg, x, (mask,))
 
 
 class Classifier(nn.Module):

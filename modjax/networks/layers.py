@@ -25,11 +25,6 @@ ACTIVATIONS = {
     "linear": lambda x: x,
 }
 MASKED = -1e10
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-}
 
 
 class Dense(nn.Module):

@@ -18,10 +18,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen import partitioning
 
-from modjax.errors import nearest
-from modjax.networks import layers
+from modjax.networks import configuration, layers
+from modjax.networks.stacking import stack
 
 Array = jax.Array
 
@@ -64,32 +63,8 @@ class T5Config:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        for name in (
-            "vocab_size",
-            "emb_dim",
-            "num_heads",
-            "head_dim",
-            "mlp_dim",
-            "num_encoder_layers",
-            "num_decoder_layers",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"T5Config.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in self.mlp_activations:
-            if name not in layers.ACTIVATIONS:
-                raise ValueError(
-                    f"T5Config.mlp_activations: unknown {name!r}."
-                    + nearest(name, layers.ACTIVATIONS)
-                )
-        if self.remat_policy not in layers.REMAT_POLICIES:
-            raise ValueError(
-                f"T5Config.remat_policy: unknown {self.remat_policy!r}."
-                + nearest(self.remat_policy, layers.REMAT_POLICIES)
-            )
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.")
+        sizes = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim")
+        configuration.check(self, (*sizes, "num_encoder_layers", "num_decoder_layers"))
 
 
 class Layer(nn.Module):
@@ -155,31 +130,9 @@ class Stack(nn.Module):
         bias = None
         if not cfg.relpos_per_layer:
             bias = _position_bias(cfg, self.decoder)(*positions)
-        layer: Any = Layer
-        if cfg.remat_policy != "none" and not step.decode:
-            # Inside a scan the loop already keeps XLA from undoing the recomputation.
-            layer = nn.remat(
-                layer,
-                policy=layers.REMAT_POLICIES[cfg.remat_policy],
-                prevent_cse=not cfg.scan_layers,
-            )
         depth = cfg.num_decoder_layers if self.decoder else cfg.num_encoder_layers
-        if cfg.scan_layers:
-            scanned = partitioning.scan_with_axes(
-                layer,
-                variable_axes={"params": 0, "cache": 0, "intermediates": 0},
-                split_rngs={True: True},  # every stream, also those that only an adapter draws from
-                in_axes=(nn.broadcast,) * 4,
-                length=depth,
-            )
-            x, _ = scanned(cfg, step, self.decoder, name="layers")(
-                x, encoded, masks, bias, positions
-            )
-        else:
-            for i in range(depth):
-                x, _ = layer(cfg, step, self.decoder, name=f"layers_{i}")(
-                    x, encoded, masks, bias, positions
-                )
+        settings, shared = (cfg, step, self.decoder), (encoded, masks, bias, positions)
+        x = stack(Layer, settings, depth, cfg, x, shared, remat=not step.decode)
         x = layers.RMSNorm(cfg.dtype, name="decoder_norm" if self.decoder else "encoder_norm")(x)
         return nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(
             x, deterministic=step.deterministic

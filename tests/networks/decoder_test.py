@@ -440,7 +440,7 @@ def test_a_configuration_survives_json(variant):
     [
         (dict(remat_policy="minimum"), "Did you mean 'minimal'"),
         (dict(mlp_activations=("silo", "linear")), "Did you mean 'silu'"),
-        (dict(norm="rmsnorm"), "DecoderConfig.norm .* Did you mean 'rms'"),
+        (dict(norm="rmsnorm"), "DecoderConfig.norm: unknown .* Did you mean 'rms'"),
         (dict(positions="rotary"), "Known: rope, learned"),
         (dict(num_heads=0), "num_heads must be at least 1"),
         (dict(num_kv_heads=3), "must divide num_heads 4"),

@@ -339,7 +339,7 @@ def test_configs_come_back_from_json(variant):
     [
         (dict(remat_policy="minimum"), "remat_policy: .*Did you mean 'minimal'"),
         (dict(mlp_activations=("gelu_exac",)), "mlp_activations: .*Did you mean 'gelu_exact'"),
-        (dict(mlp_activations=()), "mlp_activations is empty"),
+        (dict(mlp_activations=()), "mlp_activations must name at least one"),
         (dict(head="poole", num_outputs=2), "head: .*Did you mean 'pooled'"),
         (dict(head="pooled"), "num_outputs is 0 with head='pooled'"),
         (dict(num_outputs=2), "num_outputs is 2 with head='none'"),

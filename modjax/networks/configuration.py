@@ -1,0 +1,53 @@
+"""What the networks' configurations have in common: fields that a run chooses, and how fields are checked."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from modjax.errors import nearest
+from modjax.networks import layers
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+def require(config: Any, good: bool, name: str, what: str) -> None:
+    """Raises ValueError, naming the field and its value, unless `good`."""
+    if not good:
+        raise ValueError(f"{type(config).__name__}.{name} {what}, got {getattr(config, name)!r}.")
+
+
+def require_known(config: Any, name: str, known: Collection[str]) -> None:
+    """Raises ValueError, naming the nearest known value, unless each value of a field is a known one."""
+    value = getattr(config, name)
+    for one in [value] if isinstance(value, str) else value:
+        if one not in known:
+            raise ValueError(
+                f"{type(config).__name__}.{name}: unknown {one!r}." + nearest(str(one), known)
+            )
+
+
+def check(config: Any, sizes: Sequence[str]) -> None:
+    """Brings the fields that all configurations have into their form, and checks them.
+
+    Args:
+      config: a frozen dataclass with `mlp_activations`, `dropout_rate`, `remat_policy` and `dtype`; called from its
+        `__post_init__`.
+      sizes: the names of fields that must be at least 1.
+
+    Raises:
+      ValueError: a field out of range or unknown; it is named.
+    """
+    object.__setattr__(config, "mlp_activations", tuple(config.mlp_activations))
+    object.__setattr__(config, "dtype", jnp.dtype(config.dtype).name)
+    for name in sizes:
+        require(config, getattr(config, name) >= 1, name, "must be at least 1")
+    require(config, bool(config.mlp_activations), "mlp_activations", "must name at least one")
+    require_known(config, "mlp_activations", layers.ACTIVATIONS)
+    require_known(config, "remat_policy", REMAT_POLICIES)
+    require(config, 0.0 <= config.dropout_rate < 1.0, "dropout_rate", "must be in [0, 1)")
