@@ -26,6 +26,8 @@ from concurrent import futures
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cells import configure, cores  # noqa: E402
+
 HERE = "benchmarks/mtop6"
 # What pretraining goes on from: the generated benchmark's base can copy, and has seen no real text.
 START = "tasks/assets/babel_base"
@@ -42,13 +44,6 @@ METHODS = {
     "lora": ("adapters.LowRank.rank = 16", "LEARNING_RATE = 0.01"),
     "flix": ("adapters.LowRank.rank = 8", "LEARNING_RATE = 0.005"),
 }
-
-
-def configure(entry: str, files: Sequence[str], bindings: Sequence[str]) -> None:
-    """Loads gin files of this folder and of gin_configs, and bindings, which win."""
-    from modjax import launch
-
-    launch.load_gin(launch.Flags(tuple(files), tuple(bindings), (str(ROOT),)), entry)
 
 
 def pretrain(base: pathlib.Path, bindings: Sequence[str]) -> None:
@@ -181,12 +176,6 @@ class Workers:
         """Ends what still runs; training saves where it is."""
         for process in list(self._running):
             process.terminate()
-
-
-def cores(count: int) -> list[int | None]:
-    """The cores that `count` processes may use, one for each; None, for any, where they do not suffice."""
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return list(usable[:count]) if 1 < count <= len(usable) else [None] * count
 
 
 def main(argv: Sequence[str]) -> int:
