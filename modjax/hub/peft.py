@@ -199,7 +199,7 @@ def _lora(
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a.T, b.T
         ranks[name] = at
     (rank, _), *others = collections.Counter(ranks.values()).most_common()
-    pattern = {}
+    pattern: dict[str, int] = {}
     for other, _ in others:
         named = {name for name in ranks if ranks[name] == other}
         pattern |= dict.fromkeys(_endings(named, set(ranks) - named), other)
