@@ -7,7 +7,8 @@ seed and one learning rate: it is trained, scored, and described in OUTPUT/cells
 not done again: the same command continues where the last one was stopped, and `--methods` and `--seeds` may be added
 to.
 
-Each method's rate is the one of its two that is better on CoLA's validation split with seed 0; it then holds for both tasks and all seeds. `--parallel` processes work at once, each on a core of its own.
+Each method's rate is the one of its two that is better on CoLA's validation split with seed 0; it then holds for
+both tasks and all seeds. `--parallel` processes work at once, each on a core of its own.
 """
 
 import argparse
