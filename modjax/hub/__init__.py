@@ -7,8 +7,8 @@ network = t5.Transformer(t5.T5Config(**overrides, dtype="bfloat16"))
 """
 
 from modjax.hub.base import config_of, is_base, load_base, load_config, save_base
-from modjax.hub.hf_import import import_hf
 from modjax.hub.errors import HubError
+from modjax.hub.hf_import import import_hf
 from modjax.hub.layers import stack_layers, unstack_layers
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Decoder-only models write, from prompts of unequal lengths, what transformers' generate writes with the same weights."""
+"""Decoder-only models write, from unequal prompts, what transformers' generate writes with the same weights."""
 
 import functools
 
