@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from flax.linen.partitioning import AxisMetadata
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from modjax import partitioning
+from modjax import adapters, initialize, models, partitioning
 
 MESH = AbstractMesh((4, 2), ("data", "model"))
 
@@ -60,3 +61,29 @@ def test_a_batch_must_divide_over_devices_and_microbatches(batch, microbatches, 
     else:
         with pytest.raises(ValueError, match=f"the batch of {batch} does not divide"):
             partitioning.check_batch(batch, MESH, microbatches)
+
+
+def test_every_parameter_of_every_kind_of_network_has_a_place(
+    make_t5, make_decoder, make_encoder, space
+):
+    everything = dict(qk_norm=True, post_norms=True, qkv_bias=True, out_bias=True, mlp_bias=True)
+    low_rank = adapters.Mixture("flix", adapters.LowRank(2), adapters.Features())
+    rules = (adapters.Rule(".*/(query|value|out|wi|wi_0|wo)", low_rank),)
+    mesh = partitioning.make_mesh(1, jax.devices()[:1])
+    for make, options in (
+        (models.EncoderDecoderModel, make_t5(relpos_per_layer=True)),
+        (models.DecoderOnlyModel, make_decoder(**everything)),
+        (
+            models.DecoderOnlyModel,
+            make_decoder(norm="layer", positions="learned", max_positions=9, scan_layers=True),
+        ),
+        (models.DecoderOnlyModel, make_decoder(logits_via_embedding=False)),
+        (models.EncoderModel, make_encoder(head="dense", scan_layers=True)),
+    ):
+        model = make(adapters.Adapted(options, rules, space))
+        layout = initialize.layout(model, model.example_batch({"inputs": 4, "targets": 4}, space))
+        for tree in (layout.trained, layout.frozen):
+            places = partitioning.shardings(tree, layout.axes, mesh)
+            flat = traverse_util.flatten_dict(places, sep="/")
+            assert set(flat) <= set(layout.axes), set(flat) - set(layout.axes)
+            assert any("model" in place.spec for place in flat.values())
