@@ -65,8 +65,8 @@ METHODS = {
     "pfeiffer": Method((1e-3, 3e-3), ("adapters.Bottleneck.size = 48",)),
 }
 TASKS = {
-    "cola": Task(320, 20, 48, "matthews"),
-    "rte": Task(128, 64, 160, "exact_match"),
+    "cola": Task(320, 20, 36, "matthews"),
+    "rte": Task(64, 64, 160, "exact_match"),
 }
 CHOSEN_ON, CHOSEN_WITH = "cola", 0  # a task and a seed
 
