@@ -288,7 +288,8 @@ def _check_macros(gin: Any) -> None:
         for reference in gin.config.iterate_references(config)
         if reference.selector == selector
     }
-    for name in sorted(used - set(given)):
+    # A whole file that is missing is told by a macro that every file of its kind sets.
+    for name in sorted(used - set(given), key=lambda name: (name not in _HINTS, name)):
         hint = f" (a file of gin_configs/{_HINTS[name]} sets it)" if name in _HINTS else ""
         raise ConfigError(f"the macro {name} is used but not set{hint}.{nearest(name, given)}")
     for name in sorted(set(given) - used):

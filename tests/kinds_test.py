@@ -129,11 +129,11 @@ def test_a_head_trains_with_lora_on_an_encoder_and_is_in_the_checkpoint(bases, t
     files = ("methods/lora.gin", "bases/encoder_folder.gin")
     lengths = {"inputs": 24, "targets": 1}
     losses, rows = job(
-        bases["encoder"], tmp_path / "run", "kinds_name", files, lengths, 60, NUM_OUTPUTS=3
+        bases["encoder"], tmp_path / "run", "kinds_name", files, lengths, 200, NUM_OUTPUTS=3
     )
     assert losses[-1] < losses[0]
     exact = [row["value"] for row in rows if row["metric"] == "exact_match"]
-    assert np.mean(exact) > 60, rows
+    assert np.mean(exact) > 80, rows
     info = (tmp_path / "run" / "model-info.txt").read_text()
     assert "also trained: classifier/logits_dense/kernel 16 x 3" in info
     assert "trained 1,843 " in info  # 1,792 of LoRA, and the head's 51
@@ -144,10 +144,10 @@ def test_a_head_trains_with_lora_on_an_encoder_and_is_in_the_checkpoint(bases, t
 
 
 def test_one_output_learns_a_number(bases, tmp_path):
-    files = ("methods/pfeiffer.gin", "bases/encoder_folder.gin")
+    files = ("methods/lora.gin", "bases/encoder_folder.gin")
     lengths = {"inputs": 24, "targets": 1}
     losses, rows = job(
-        bases["encoder"], tmp_path / "run", "kinds_measure", files, lengths, 120, NUM_OUTPUTS=1
+        bases["encoder"], tmp_path / "run", "kinds_measure", files, lengths, 300, NUM_OUTPUTS=1
     )
     assert losses[-1] < 0.5 * losses[0]
     assert np.mean([row["value"] for row in rows]) > 40, rows
