@@ -19,7 +19,7 @@ lint: .venv/installed-test
 
 # The tests against torch, transformers and peft, and a real pretrained encoder.
 parity: .venv/installed-parity
-	$(BIN)/python -m pytest tests/parity
+	$(BIN)/python -m pytest -n $(JOBS) tests/parity
 
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"modjax needs Python 3.11 or newer, this is {v[0]}.{v[1]}: say make PYTHON=python3.x")'
