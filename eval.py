@@ -45,6 +45,7 @@ def evaluate(
     train_mixture: str | None = None,
     seed: int | None = None,
     random_seed: int = 0,
+    base_dtype: str | None = None,
     max_examples: int | None = None,
     switch_off: Mapping[str, Sequence[str]] | None = None,
     unknown: str = "none",
@@ -72,6 +73,8 @@ def evaluate(
       train_mixture: decides which datasets were seen; the checkpoint's own if None, none if "".
       seed: of the trained run, for the results; the checkpoint's own if None.
       random_seed: of sampling.
+      base_dtype: precision that the frozen base is kept in: "float32", "bfloat16" or "int8"; None
+        for that of its files. Any serves, whichever the run was trained with.
       max_examples: of each dataset, the first so many; all if None.
       switch_off: setting -> features that are none there, as {"unseen_pair": ("language",)}.
       unknown: a value that the checkpoint's feature space lacks is "none" or an "error".
@@ -104,12 +107,15 @@ def evaluate(
                 "CHECKPOINT_PATH is not set, so the base itself is evaluated: "
                 "use methods/full.gin and set BASE."
             )
-        space, params = FeatureSpace((), tuple(tasks)), weights
+        space, params = FeatureSpace((), tuple(tasks)), initialize.to_dtype(weights, base_dtype)
         metadata: dict[str, Any] = {"name": "base", "seed": 0, "mixture": None}
         step = 0
     else:
-        model, params, metadata, step = initialize.restore(model, checkpoint_path, weights)
+        model, params, metadata, step = initialize.restore(
+            model, checkpoint_path, weights, base_dtype
+        )
         space = FeatureSpace.from_json(metadata["space"])
+    del weights  # which the parameters may be a smaller copy of
     params = jax.device_put(params, partitioning.replicated(mesh))
 
     trained_on = metadata["mixture"] if train_mixture is None else train_mixture

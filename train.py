@@ -94,7 +94,8 @@ def train(
       pack: several examples to a row, at most `max_segments` (a bound from the lengths if None); None for what the
         model can.
       on_too_long: "count" cuts and counts examples longer than the limit, "error" refuses them.
-      base_dtype: precision that the frozen base is kept in, None for that of its files.
+      base_dtype: precision that the frozen base is kept in: "float32", "bfloat16" or "int8" (see
+        `modjax.quantization`); None for that of its files.
       microbatches: parts that a batch is computed in, one after the other.
       model_parallel: devices that share a copy of the parameters.
       checkpoint_start: save the start of the run, too, as step 0.
@@ -109,6 +110,10 @@ def train(
     if base is None:
         raise launch.ConfigError(
             "BASE must be set: --gin.BASE=VALUE, the folder of the base's weights"
+        )
+    if export_dir is not None and base_dtype == "int8":
+        raise launch.ConfigError(
+            "EXPORT_DIR would get weights that int8 has rounded: set one of them"
         )
     if initial_checkpoint_path == base:
         initial_checkpoint_path = None  # it was the base that was meant
@@ -162,6 +167,7 @@ def train(
                 model, batch, initialize.added(layout.trained, names), random_seed
             ),
         )
+        del weights  # which the frozen part may soon be a smaller copy of
     metadata = {
         "method": adapters.describe_method(model.adapted) if model.adapted else "full",
         "space": space.to_json(),

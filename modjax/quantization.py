@@ -1,14 +1,19 @@
 """A frozen base in int8: each weight matrix as int8 values with a float32 scale for each output channel.
 
-    {"kernel": float32 [D, K]}  ->  {"kernel": Quantized(values int8 [D, K], scale float32 [1, K])}, kernel ~ values * scale
+    {"kernel": float32 [D, K]} -> {"kernel": Quantized(values int8 [D, K], rest uint8 [D/8, K], scale float32 [1, K])}
 
-A `Quantized` leaf takes the place of the array, in a tree that is otherwise the same. Our networks compute with the values
-and scale what comes out (`product`, `rows`), so that a step holds no float copy of the base. It is also one of Flax's
-boxes: any other network is given the float32 matrix when a layer asks for its parameter, inside `nn.scan` and `nn.remat` as
-well. Such a matrix lives until the layer's backward pass, so that without `nn.remat` a training step holds all of them.
+A weight is `scale * (value + 1/4)` or `scale * (value - 1/4)`: a ninth bit says on which side of the value it lay.
+Without it the logits of small trained networks are 1 to 2 % off, with it half of that, for an eighth of a byte.
 
-Plain jax, and not qwix (0.1.8, looked at in November 2026): qwix replaces jax's functions while a model runs, and a lookup
-is none of those, so that an embedding stays in float; one that is the output layer too it stores transposed, and T5's
+A `Quantized` leaf takes the array's place in a tree that is otherwise the same. Our networks compute with the values
+and scale what comes out (`product`, `rows`), so that no program needs a float copy of the base; `benchmarks/README.md`
+has figures. (XLA makes one all the same on CPU if the network is unrolled: it casts all kernels first.) It is also one
+of Flax's boxes: a network that knows nothing of it is given the float32 matrix when a layer asks for its parameter,
+inside `nn.scan` and `nn.remat` as well. That lives until the layer's backward pass, so that training such a network
+holds all of them, unless it rematerialises its layers.
+
+Plain jax and not qwix (0.1.8, tried in November 2026): qwix replaces jax's functions while a model runs, and a lookup
+is none of them. So an embedding stays in float, and one that is the output layer too is stored transposed, where T5's
 lookup fails.
 """
 
@@ -27,18 +32,23 @@ Tree = Mapping[str, Any]
 # {name of a weight: the axis whose entries share a scale}; leading axes are those of scanned layers.
 SHARED = {"kernel": -2, "embedding": -1}
 LEAST = 8  # where fewer entries share a scale, the scales would take what the values save
-LARGEST = 127
+LARGEST = 127.25
 
 
 class Quantized(struct.PyTreeNode, meta.AxisMetadata):
-    """A weight in int8, `values * scale`.
+    """A weight in int8 and a bit: `scale * (values + 1/4 or - 1/4)`.
+
+    All three have the weight's axes, in its order, so that they shard by its axis names.
 
     Attributes:
       values: int8, in the weight's shape.
-      scale: float32, 1 long on the axis whose entries share it, so that both shard by the weight's axis names.
+      rest: uint8, an eighth as long (rounded up) on the axis whose entries share a scale: their ninth bits, lowest
+        first; 1 adds.
+      scale: float32, 1 long on that axis.
     """
 
     values: Any
+    rest: Any
     scale: Any
 
     @property
@@ -54,16 +64,23 @@ class Quantized(struct.PyTreeNode, meta.AxisMetadata):
         return int(self.values.size)
 
     @property
-    def nbytes(self) -> int:
-        return int(self.values.nbytes + self.scale.nbytes)
-
-    @property
     def T(self) -> "Quantized":
-        return Quantized(self.values.T, self.scale.T)
+        return Quantized(self.values.T, self.rest.T, self.scale.T)
+
+    def steps(self, dtype: Any) -> Array:
+        """The weight in steps of its scale."""
+        rest = jnp.asarray(self.rest)
+        axis = next(i for i, n in enumerate(self.shape) if n != rest.shape[i])
+        # Not jnp.unpackbits, which does not take an empty array, as the rows of no tokens are.
+        places = jnp.arange(8, dtype=rest.dtype).reshape(8, *(1,) * (rest.ndim - axis - 1))
+        bits = jnp.expand_dims(rest, axis + 1) >> places & 1
+        bits = bits.reshape(*rest.shape[:axis], 8 * rest.shape[axis], *rest.shape[axis + 1 :])
+        bits = jax.lax.slice_in_dim(bits, 0, self.shape[axis], axis=axis)
+        return jnp.asarray(self.values).astype(dtype) + (bits.astype(dtype) / 2 - 0.25)
 
     def unbox(self) -> Array:
         """The weight in float32."""
-        return jnp.asarray(self.values, jnp.float32) * self.scale
+        return self.steps(jnp.float32) * self.scale
 
     def replace_boxed(self, val: Any) -> Any:
         raise ValueError("A quantised parameter is frozen: it cannot be written.")
@@ -76,11 +93,11 @@ class Quantized(struct.PyTreeNode, meta.AxisMetadata):
 
 
 def quantize(tree: Tree) -> dict[str, Any]:
-    """A base with its kernels and embeddings in int8: symmetric, rounded to nearest, the largest of a channel at 127.
+    """A base with its kernels and embeddings in int8 and a bit.
 
-    The error of an entry is at most half of its scale, the largest entry of its channel over 254. A channel is a kernel's
-    output (a kernel of more axes, as `nn.DenseGeneral` has, shares a scale along its last axis but one, which is finer) or
-    an embedding's row. Norms, biases and position biases stay as they are.
+    An entry is off by at most a quarter of its scale: the largest entry of its channel, over 509. A channel is an
+    output of a kernel (one of more axes, as `nn.DenseGeneral` has, shares a scale along the last axis but one, which is
+    finer) or a row of an embedding. Norms, biases and position biases stay as they are.
 
     Args:
       tree: nested dict of host or device arrays; a scanned network's have leading axes.
@@ -94,10 +111,10 @@ def quantize(tree: Tree) -> dict[str, Any]:
     flat = traverse_util.flatten_dict(dict(tree), sep="/")
     found = {path: _quantized(path, leaf) for path, leaf in flat.items() if _is_weight(path, leaf)}
     if not found:
-        names = ", ".join(sorted({path.rsplit("/", 1)[-1] for path in flat}))
+        names = ", ".join(sorted({path.rsplit("/", 1)[-1] for path in flat})) or "nothing"
         raise ValueError(
-            f"int8 is for frozen weights named {' or '.join(SHARED)}, of two axes or more, {LEAST} entries or more to a "
-            f"scale. There is none among what is frozen: {names or 'nothing'}."
+            f"int8 is for frozen weights named {' or '.join(SHARED)}, with two axes or more and at "
+            f"least {LEAST} entries to a scale. None is among what is frozen: {names}."
         )
     return traverse_util.unflatten_dict({**flat, **found}, sep="/")
 
@@ -116,14 +133,15 @@ def _quantized(path: str, leaf: Any) -> Quantized:
     largest = np.maximum(weight.max(axis, keepdims=True), -weight.min(axis, keepdims=True))
     if not np.isfinite(largest).all():
         raise ValueError(f"The base's {path} holds numbers that are not finite.")
-    scale = np.where(largest > 0, largest / LARGEST, 1).astype(np.float32)
-    values = np.divide(weight, scale)
-    return Quantized(np.rint(values, out=values).astype(np.int8), scale)
+    scale = (largest / LARGEST).astype(np.float32)
+    steps = weight / np.where(scale > 0, scale, 1)
+    values = np.rint(steps).astype(np.int8)
+    return Quantized(values, np.packbits(steps >= values, axis=axis, bitorder="little"), scale)
 
 
 def is_quantized(tree: Any) -> bool:
     """Whether a tree has a `Quantized` leaf."""
-    return any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(tree, is_leaf=_is_leaf))
+    return any(_is_leaf(leaf) for leaf in jax.tree.leaves(tree, is_leaf=_is_leaf))
 
 
 def dequantize(tree: Any) -> Any:
@@ -138,21 +156,19 @@ def _is_leaf(value: Any) -> bool:
 def product(x: Array, kernel: Any, dtype: Any) -> Array:
     """`x @ kernel`, both in `dtype`: `[..., D]` to `[..., K]`; the kernel `[D, K]` may be quantised."""
     if isinstance(kernel, Quantized):
-        return _scaled_product(x.astype(dtype), kernel.values, kernel.scale[0])
+        return _scaled_product(x.astype(dtype), kernel)
     return jnp.dot(x.astype(dtype), kernel.astype(dtype))
 
 
-# Of the kernel, what waits for the backward pass is its int8 values: the cast is done again there.
+# Of the kernel, what waits for the backward pass is its int8 form: the steps are made again there.
 @jax.checkpoint
-def _scaled_product(x: Array, values: Array, scale: Array) -> Array:
-    return (jnp.dot(x, values.astype(x.dtype)) * scale).astype(x.dtype)
+def _scaled_product(x: Array, kernel: Quantized) -> Array:
+    return (jnp.dot(x, kernel.steps(x.dtype)) * kernel.scale[0]).astype(x.dtype)
 
 
 def rows(embedding: Any, ids: Array, dtype: Any) -> Array:
     """Rows of an embedding `[V, D]`, which may be quantised, in `dtype`: ids `[...]` to `[..., D]`."""
     if isinstance(embedding, Quantized):
-        values, scale = (
-            jnp.take(part, ids, axis=0) for part in (embedding.values, embedding.scale)
-        )
-        return (values * scale).astype(dtype)
+        taken: Quantized = jax.tree.map(lambda part: jnp.take(part, ids, axis=0), embedding)
+        return taken.unbox().astype(dtype)
     return jnp.take(embedding.astype(dtype), ids, axis=0)

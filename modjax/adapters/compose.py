@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from modjax import quantization
 from modjax.adapters.adapted import Adapted
 from modjax.adapters.low_rank import LowRank
 from modjax.adapters.routing import DATASET, ModuleName
@@ -102,15 +103,28 @@ def _add(found: list[tuple[Any, dict[str, Any]]], module: Any, leaves: dict[str,
     found.append((module, leaves))
 
 
-def merge(adapted: Adapted, adapters: Tree, base: Tree, **features: Any) -> dict[str, Any]:
+def merge(
+    adapted: Adapted, adapters: Tree, base: Tree, *, dequantize: bool = False, **features: Any
+) -> dict[str, Any]:
     """The base's parameters with one dataset's update in its kernels, computed in float32.
 
     The result runs on the plain network, at the cost of the base. It is in the base's dtypes, so a bfloat16 base rounds
-    the update. Arguments and errors as in `compose`, and `base`: the base's parameters.
+    the update. Arguments and errors as in `compose`, and
+
+    Args:
+      base: the base's parameters.
+      dequantize: of an int8 base, to give all of it in float32.
 
     Raises:
-      ValueError: a module that does not merge, as a bottleneck.
+      ValueError: a module that does not merge, as a bottleneck; or a base in int8, unless it is to be dequantised.
     """
+    if dequantize:
+        base = quantization.dequantize(base)
+    elif quantization.is_quantized(base):
+        raise ValueError(
+            "The base is in int8, which would round the update away: merge into the float base that it was made of, or "
+            "say dequantize=True to get a float32 base with the error that int8 left in it."
+        )
     composed, leaves = compose(adapted, adapters, **features)
     flat = dict(flatten_dict(base, sep="/"))
     for (path, name), bank in banks(leaves, composed).items():
