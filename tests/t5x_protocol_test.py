@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import clu.metrics
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
@@ -18,9 +21,14 @@ from flax.linen import partitioning as flax_partitioning
 from modjax import initialize, models, optimizers, t5x_model
 from modjax.adapters import Adapted, Features, LowRank, Mixture, Rule, Stochastic
 from modjax.features import FeatureSpace, UnknownFeatureError
+from modjax.hub import t5x as hub_t5x
+from modjax.hub.kinds import KINDS
+from modjax.hub.layers import flatten, unflatten
 from modjax.provenance import CheckpointError
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "testdata"))
+ROOT = pathlib.Path(__file__).parents[1]
+TESTDATA = ROOT / "tests" / "testdata"
+sys.path.insert(0, str(TESTDATA))
 LENGTHS = {"inputs": 32, "targets": 16}
 FLIX = Mixture("flix", LowRank({"task": 3, "language": 2}), Features())
 RULES = (Rule(".*/(query|value|wo)", FLIX),)
@@ -184,6 +192,32 @@ def test_packed_rows_bring_their_features(flix):
     decoded = flix.space.decode(batch["features"][0, 0])
     name = flix.space.datasets[batch["tasks"][0, 0] - 1]
     assert name == f"toy_{decoded['task']}_{decoded['language']}"
+
+
+def test_t5x_reads_the_batches_that_train_py_reads(flix):
+    """It calls SeqIO's get_dataset with our converter; the same seed gives the same rows in the same order."""
+    import seqio
+
+    from modjax.data import pipeline
+
+    ours = pipeline.train_iterator(
+        "toy", "train", flix.space, task_feature_lengths=LENGTHS, batch_size=4, seed=3
+    )
+    theirs = seqio.get_dataset(
+        "toy",
+        LENGTHS,
+        dataset_split="train",
+        shuffle=True,
+        num_epochs=None,
+        feature_converter=flix.FEATURE_CONVERTER_CLS(pack=True, use_custom_packing_ops=False),
+        seed=3,
+        batch_size=4,
+    ).as_numpy_iterator()
+    for _ in range(3):
+        one, other = next(ours), next(theirs)
+        assert set(one) == set(other)
+        for name, rows in one.items():
+            np.testing.assert_array_equal(rows, other[name], err_msg=name)
 
 
 def test_the_loss_comes_with_metrics_that_add_up(flix):
@@ -438,13 +472,69 @@ def test_t5x_makes_a_state_takes_it_apart_and_puts_it_together(t5x, make, rules,
     assert any(changed.values())
 
 
-def test_t5x_reads_what_we_export(t5x, make, tmp_path):
-    from t5x import checkpoints
+def test_t5x_trains_resumes_evaluates_and_infers_by_our_gin_files(t5x, make_t5, tmp_path):
+    """Two steps at a stretch are one and, resumed, one more."""
+    sizes = {
+        "mlp_activations": ("gelu", "linear"),
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+    }
+    config = make_t5(vocab_size=260, **sizes).config
+    rng = np.random.default_rng(0)
+    shapes = KINDS["t5"].shapes(config)
+    params = {name: rng.normal(size=x, scale=0.1).astype(np.float32) for name, x in shapes.items()}
+    base = hub_t5x.save_checkpoint(tmp_path / "base", unflatten(params), 1000)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{TESTDATA}:{os.environ.get('PYTHONPATH', '')}",
+    }
 
-    from modjax.hub import t5x as hub_t5x
+    def run(program, **macros):
+        files = (str(TESTDATA / "tiny.gin"), "methods/flix.gin", f"t5x/{program}.gin")
+        values = {
+            "MIXTURE_OR_TASK_NAME": "toy_copy",
+            "MIXTURE_OR_TASK_MODULE": "toy_tasks",
+            "TASK_FEATURE_LENGTHS": LENGTHS,
+            **macros,
+        }
+        command = [sys.executable, "-m", f"t5x.{'train' if program == 'finetune' else program}"]
+        command += [
+            f"--gin_search_paths={ROOT / 'gin_configs'}",
+            *(f"--gin_file={f}" for f in files),
+        ]
+        command += [f"--gin.{name}={value!r}" for name, value in values.items()]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
 
-    model = make()
-    _, batch = batch_of(model)
-    params = flax.core.unfreeze(start(model, batch))
-    hub_t5x.save_checkpoint(tmp_path, params, 3)
-    assert checkpoints.all_steps(str(tmp_path)) == [3]
+    def train(folder, steps):
+        run(
+            "finetune",
+            INITIAL_CHECKPOINT_PATH=str(base),
+            MODEL_DIR=str(tmp_path / folder),
+            BATCH_SIZE=4,
+            TRAIN_STEPS=steps,
+            EVAL_STEPS=1,
+            **{"optimizers.schedule.total_steps": 10, "optimizers.schedule.warmup": 1},
+        )
+        state = ocp.PyTreeCheckpointer().restore(
+            tmp_path / folder / f"checkpoint_{steps}" / "state"
+        )
+        return flatten(state["target"])
+
+    whole = train("whole", 2)
+    one = train("parts", 1)
+    assert any(np.any(one[name] != value) for name, value in whole.items())
+    parts = train("parts", 2)
+    assert set(whole) == set(parts) and any("/flix/" in name for name in whole)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(parts[name], value, err_msg=name)
+        if name in params:
+            np.testing.assert_array_equal(value, params[name], err_msg=name)
+    assert (tmp_path / "whole" / "feature_space.json").exists()
+    checkpoint = str(tmp_path / "whole" / "checkpoint_2")
+    run("eval", CHECKPOINT_PATH=checkpoint, EVAL_OUTPUT_DIR=str(tmp_path / "eval"))
+    (metrics,) = (tmp_path / "eval").rglob("*metrics.jsonl")
+    assert set(json.loads(metrics.read_text())) == {"step", "exact_match"}
+    run("infer", CHECKPOINT_PATH=checkpoint, INFER_OUTPUT_DIR=str(tmp_path / "infer"))
+    (lines,) = (tmp_path / "infer").rglob("toy_copy_en*-of-00001")
+    assert len(lines.read_text().splitlines()) == 64
