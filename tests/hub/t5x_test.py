@@ -142,10 +142,13 @@ def test_a_checkpoints_shapes_say_its_network_and_its_values_are_read(tmp_path, 
 
 @pytest.mark.parametrize("written", WRITERS)
 def test_a_scanned_checkpoint_is_the_unrolled_one(tmp_path, written):
-    config = config_of("umt5", num_encoder_layers=3)
+    # As many layers as the network is wide, so that only convention tells the axes apart.
+    depth = WIDTH
+    config = config_of("umt5", num_encoder_layers=depth)
     params = params_of(config)
-    stacked = scalable(params, {"encoder": 3, "decoder": LAYERS})
-    assert stacked["encoder/encoder/attention/query/kernel"].shape == (WIDTH, 3, HEADS, HEAD_DIM)
+    stacked = scalable(params, {"encoder": depth, "decoder": LAYERS})
+    query = stacked["encoder/encoder/attention/query/kernel"]
+    assert query.shape == (WIDTH, depth, HEADS, HEAD_DIM)
     WRITERS[written](tmp_path, stacked)
     base = t5x.open_t5x(tmp_path)
     assert KINDS["t5"].config(**base.fields) == config
