@@ -4,7 +4,8 @@ Every example carries its task's key (see `modjax.data.carry`). SeqIO packs a de
 concatenation, so after packing the keys of a row stand in the order of its segments, and what
 they stand for is looked up. There is one for each kind of model.
 
-Legend: `B` batch, `L` length, `S` segments of a row (1 when not packed), `F` columns of features. Segment `s` (from 1, 0 is padding) has row `s - 1`.
+Legend: `B` batch, `L` length, `S` segments of a row (1 when not packed), `F` columns of features.
+Segment `s` (from 1, 0 is padding) has row `s - 1`.
 """
 
 import functools

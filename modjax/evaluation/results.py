@@ -3,8 +3,9 @@
 `results.json` is a list of rows
 `{method, task, language, setting, metric, value, n, seed}`: one metric of one dataset, as one
 method trained with one seed reaches it. `value` is 0 to 100 over `n` examples (correlations begin
-at -100); `setting` says what training saw of the dataset: "seen", "unseen_pair" (each feature's value, but not together) or
-"unseen_<feature>" (a value of that feature never), e.g. "unseen_language".
+at -100); `setting` says what training saw of the dataset: "seen", "unseen_pair" (each feature's
+value, but not together) or "unseen_<feature>" (a value of that feature never), e.g.
+"unseen_language".
 """
 
 import collections
