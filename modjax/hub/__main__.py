@@ -17,6 +17,8 @@ def main(argv: Sequence[str]) -> int:
     _verify(commands)
     _export_peft(commands)
     _export_hf(commands)
+    _import_t5x(commands)
+    _export_t5x(commands)
     args = vars(parser.parse_args(argv))
     run = args.pop("run")
     try:
@@ -35,13 +37,53 @@ def _import_hf(commands: argparse._SubParsersAction) -> None:
         print(f"{destination}: {base.network}, {len(base.shapes)} arrays; BASE for {base.kind.gin}")
 
     text = "A Hugging Face model as a base directory of ours."
-    command = commands.add_parser("import_hf", help=text, description=text)
-    command.add_argument("source", help="a folder, or a name on the hub")
+    command = _copy(commands, "import_hf", text, "a folder, or a name on the hub")
+    command.add_argument("--revision", help="of a model on the hub")
+    command.set_defaults(run=run)
+
+
+def _import_t5x(commands: argparse._SubParsersAction) -> None:
+    def run(source: str, destination: str, **options: object) -> None:
+        from modjax.hub.t5x import import_t5x
+
+        given = {name: value for name, value in options.items() if value is not None}
+        base = import_t5x(source, destination, **given)  # type: ignore[arg-type]
+        far, units = base.fields["relpos_max_distance"], base.fields["mlp_activations"]
+        print(
+            f"{destination}: {len(base.shapes)} arrays; BASE for {base.kind.gin}. Taken for what the checkpoint does "
+            f"not say: relpos_max_distance {far}, mlp_activations {', '.join(units)}."
+        )
+
+    text = "A T5X checkpoint as a base directory of ours."
+    command = _copy(commands, "import_t5x", text, "a checkpoint, or the folder that it lies in")
+    command.add_argument("--step", type=int, help="which checkpoint; the last if absent")
+    command.add_argument("--relpos_max_distance", type=int, help="128 if absent, as published")
+    command.set_defaults(run=run)
+
+
+def _export_t5x(commands: argparse._SubParsersAction) -> None:
+    def run(source: str, destination: str, **options: object) -> None:
+        from modjax.hub.t5x import export_t5x
+
+        print(export_t5x(source, destination, **options))  # type: ignore[arg-type]
+
+    text = "A base, or a run with its base, as an Orbax checkpoint for T5X."
+    command = _copy(commands, "export_t5x", text, "a base, a MODEL_DIR or a checkpoint of train.py")
+    command.add_argument("--base", help="the folder of a run's base, if it has moved")
+    command.add_argument("--step", type=int, help="the number to write; the run's own if absent")
+    command.add_argument("--scan_layers", action="store_true", help="stack a base's layers")
+    command.set_defaults(run=run)
+
+
+def _copy(
+    commands: argparse._SubParsersAction, name: str, text: str, source: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.add_argument("source", help=source)
     command.add_argument("destination", help="the folder to write")
     command.add_argument("--dtype", help="float32, bfloat16 or float16; the files' own if absent")
-    command.add_argument("--revision", help="of a model on the hub")
     command.add_argument("--force", action="store_true", help="write over what is there")
-    command.set_defaults(run=run)
+    return command
 
 
 def _verify(commands: argparse._SubParsersAction) -> None:

@@ -15,6 +15,7 @@ from flax import serialization
 from modjax import adapters, checkpoints, hub, initialize, models, provenance
 from modjax.features import FeatureSpace
 from modjax.hub import hf_import, t5x, t5x_files
+from modjax.hub.__main__ import main
 from modjax.hub.errors import HubError
 from modjax.hub.kinds import KINDS
 from modjax.hub.layers import flatten, unflatten
@@ -370,6 +371,26 @@ def test_a_checkpoint_that_is_there_stays_unless_forced(tmp_path):
         "checkpoint_0",
         "checkpoint_1",
     ]
+
+
+def test_both_ways_by_the_command_line(tmp_path, capsys):
+    config = config_of("mt5", relpos_max_distance=20)
+    hub.save_base(tmp_path / "ours", config, unflatten(params_of(config)))
+    theirs = str(tmp_path / "theirs")
+    assert main(["export_t5x", str(tmp_path / "ours"), theirs, "--scan_layers", "--step=4"]) == 0
+    assert capsys.readouterr().out.strip().endswith("theirs/checkpoint_4")
+    assert main(["import_t5x", theirs, str(tmp_path / "assumed")]) == 0
+    assert "does not say: relpos_max_distance 128, mlp_act" in capsys.readouterr().out
+    back = str(tmp_path / "back")
+    assert main(["import_t5x", theirs, back, "--relpos_max_distance=20", "--step=4"]) == 0
+    assert hub.load_config(back) == hub.load_config(tmp_path / "ours")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        hub.load_base(back)[1],
+        hub.load_base(tmp_path / "ours")[1],
+    )
+    assert main(["import_t5x", theirs, back]) == 2
+    assert "--force writes over it" in capsys.readouterr().err
 
 
 class Nothing:
