@@ -99,16 +99,30 @@ class Settings:
     base: pathlib.Path
     data_dir: str | None
     smoke: bool
+    longer: int
     bind: tuple[str, ...]
+
+    def steps(self, cell: Cell) -> int:
+        """How long a cell trains."""
+        return 4 if self.smoke else TASKS[cell.task].steps * self.longer
 
     def folder(self, cell: Cell) -> pathlib.Path:
         """Where a cell's checkpoint, logs and results are."""
         return self.output / "cells" / cell.name
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """What a cell gave; None if it is not done."""
+        """What a cell gave; None if it is not done.
+
+        Raises:
+          SystemExit: it was trained for another number of steps.
+        """
         path = self.folder(cell) / "cell.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        found = json.loads(path.read_text()) if path.exists() else None
+        if found and found["steps"] != self.steps(cell):
+            raise SystemExit(
+                f"{path} is of {found['steps']} steps, not {self.steps(cell)}: give another --output"
+            )
+        return found
 
     def bindings(self, cell: Cell, **macros: Any) -> list[str]:
         """Of every job of a cell."""
@@ -129,21 +143,19 @@ def train(cell: Cell, settings: Settings) -> dict[str, Any]:
 
     import train as training
 
-    task = TASKS[cell.task]
-    steps = 4 if settings.smoke else task.steps
     bindings = settings.bindings(
         cell,
         MODEL_DIR=str(settings.folder(cell)),
         RANDOM_SEED=cell.seed,
         LEARNING_RATE=cell.rate,
-        TRAIN_STEPS=steps,
-        TASK_FEATURE_LENGTHS={"inputs": task.train_length, "targets": 1},
+        TRAIN_STEPS=settings.steps(cell),
+        TASK_FEATURE_LENGTHS={"inputs": TASKS[cell.task].train_length, "targets": 1},
     )
     cells.configure("train", _files(cell, "train"), [*bindings, *settings.bind])
     wall, processor = time.monotonic(), time.process_time()
     state = gin.get_configurable(training.train)(operative_config=gin.operative_config_str)
     wall, processor = time.monotonic() - wall, time.process_time() - processor
-    if int(state.step) < gin.get_bindings(training.train)["train_steps"]:
+    if int(state.step) < settings.steps(cell):
         raise RuntimeError(f"{cell.name} was stopped at step {int(state.step)}")
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
@@ -374,14 +386,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--parallel", type=int, default=2, help="processes at once (default: 2)")
+    parser.add_argument("--longer", type=int, default=1, help="so many times the steps")
     parser.add_argument(
-        "--bind", nargs="*", default=[], help="gin bindings of training, as 'TRAIN_STEPS = 2000'"
+        "--bind", nargs="*", default=[], help="gin bindings of training, as 'DROPOUT_RATE = 0.1'"
     )
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
     args = parser.parse_args(argv)
 
     base = base_folder(args.base or args.output / "base")
-    settings = Settings(args.output, base, args.data_dir, args.smoke, tuple(args.bind))
+    settings = Settings(args.output, base, args.data_dir, args.smoke, args.longer, tuple(args.bind))
     done: dict[Cell, Any] = {}
     plan = Plan(args.methods, args.seeds, done)
     # What is done may open more: rates first.

@@ -45,7 +45,8 @@ def gin():
 
 def settings(folder, base, **changes):
     return run.Settings(
-        **{"output": folder, "base": base, "data_dir": None, "smoke": True, "bind": ()} | changes
+        **{"output": folder, "base": base, "data_dir": None, "smoke": True, "longer": 1, "bind": ()}
+        | changes
     )
 
 
@@ -56,6 +57,7 @@ def cell(task="cola", method="lora", seed=0, rate=1e-3):
 def gave(validation, accuracy=50.0, matthews=10.0):
     """What a cell gives, as far as plans and tables read it."""
     return {
+        "steps": 4,
         "validation": {"matthews": validation},
         "test": {"exact_match": accuracy, "matthews": matthews},
         "trained": 1234,
@@ -178,7 +180,7 @@ def test_done_cells_are_not_done_again(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "base_folder", lambda path: path)
     monkeypatch.setattr(run, "work", lambda plan, done, *rest: worked.append(plan.open()))
     monkeypatch.setattr(run, "tell", lambda settings, done, plan, minutes: told.append(dict(done)))
-    command = ["--output", str(tmp_path), "--methods", "lora", "--seeds", "0", "1"]
+    command = ["--output", str(tmp_path), "--methods", "lora", "--seeds", "0", "1", "--smoke"]
     assert run.main(command) == 0
     for each in (*worked[0], cell("rte")):
         folder = tmp_path / "cells" / each.name
@@ -187,3 +189,5 @@ def test_done_cells_are_not_done_again(monkeypatch, tmp_path):
     assert run.main(command) == 0
     assert worked[1] == [cell("cola", seed=1), cell("rte", seed=1)]
     assert set(told[1]) == {*worked[0], cell("rte")}
+    with pytest.raises(SystemExit, match="cell.json is of 4 steps, not 960: give another --output"):
+        run.main([*command[:-1], "--longer", "3"])
