@@ -1,6 +1,7 @@
 """An int8 base: close to the float one, a quarter of its size, read by every method and written by none."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
@@ -246,6 +248,51 @@ def test_a_network_computes_what_it_would_with_the_rounded_weights(name, batches
     added, base = adapters.split(params, unrolled.adapted)
     small = adapters.join(added, quantization.quantize(base))
     np.testing.assert_allclose(unrolled.logits(small, batch), found, atol=2e-5)
+
+
+def counting():
+    """Rows that count in steps of 1 to 3: easily learned, as tokens, and their steps as classes."""
+    rng = np.random.default_rng(0)
+    step, start = rng.integers(1, 4, (16, 1)), rng.integers(0, 30, (16, 1))
+    tokens = ((start + step * np.arange(12)) % 39 + 1).astype(np.int32)
+    before = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    return {
+        "decoder": {"decoder_input_tokens": before, "decoder_target_tokens": tokens},
+        "encoder": {"encoder_input_tokens": tokens, "labels": step.astype(np.int32)},
+    }
+
+
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_other_kinds_trained_for_a_moment_are_within_a_percent_too(name):
+    batch = counting()[name]
+    config = dataclasses.replace(
+        NETWORKS[name]().config, emb_dim=128, head_dim=32, mlp_dim=256, num_heads=4
+    )
+    kind = {"decoder": decoder.Transformer, "encoder": encoder.Transformer}[name]
+    model = MODELS[name](kind(config), loss_normalizing_factor="average_per_sequence")
+    adam = optax.adam(1e-3)
+
+    @jax.jit
+    def learn(key):
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(lambda p: model.loss_fn(p, batch, None)[0])(params)
+            updates, state = adam.update(grads, state)
+            return (optax.apply_updates(params, updates), state), loss
+
+        params = model.init(key, batch)["params"]
+        (params, _), losses = jax.lax.scan(step, (params, adam.init(params)), None, length=30)
+        return params, losses
+
+    params, losses = jax.device_get(learn(jax.random.key(0)))
+    assert losses[-1] < 0.3 * losses[0]
+    small = quantization.quantize(params)
+    assert size(small) <= 0.3 * size(params)
+    expected = np.asarray(model.logits(params, batch))
+    assert apart(model.logits(small, batch), expected) < 0.01
+    scanned = dataclasses.replace(model, module=kind(dataclasses.replace(config, scan_layers=True)))
+    stacked = quantization.quantize(hub.stack_layers(params))
+    assert apart(scanned.logits(stacked, batch), expected) < 0.01
 
 
 def test_bfloat16_activations_lose_no_more_than_bfloat16_does():
