@@ -87,7 +87,7 @@ def evaluate(
       ValueError: names, lengths or batch sizes that do not fit.
     """
     from modjax import hub
-    from modjax.data import registry
+    from modjax.data import checks, registry
     from modjax.evaluation import choices, predict, report, results, runner
 
     first = jax.process_index() == 0
@@ -97,6 +97,8 @@ def evaluate(
     partitioning.check_batch(batch_size, mesh)
     checkpoints.check_writable(eval_output_dir)
     tasks = registry.tasks_of(mixture_or_task_name)
+    for task in tasks:
+        checks.check_vocabularies(task, model)
 
     # The model as it was trained, with the names of its own feature space.
     scan = bool(getattr(getattr(model.network, "config", None), "scan_layers", False))

@@ -115,7 +115,7 @@ def train(
         raise launch.ConfigError(
             "EXPORT_DIR would get weights that int8 has rounded: set one of them"
         )
-    if initial_checkpoint_path == base:
+    if initial_checkpoint_path and launch.same_folder(initial_checkpoint_path, base):
         initial_checkpoint_path = None  # it was the base that was meant
     first = jax.process_index() == 0
     launch.import_tasks(mixture_or_task_module)
@@ -161,12 +161,9 @@ def train(
         scan = bool(getattr(getattr(model.network, "config", None), "scan_layers", False))
         _, weights = hub.load_base(base, scan_layers=scan)
         frozen = initialize.take_base(layout.frozen, weights, names, base)
-        trained = optimizers.combine(
-            initialize.take_base(layout.trained, weights, names, base),
-            initialize.host_init(
-                model, batch, initialize.added(layout.trained, names), random_seed
-            ),
-        )
+        known = initialize.take_base(layout.trained, weights, names, base)
+        new = initialize.without(initialize.added(layout.trained, names), known)
+        trained = optimizers.combine(known, initialize.host_init(model, batch, new, random_seed))
         del weights  # which the frozen part may soon be a smaller copy of
     metadata = {
         "method": adapters.describe_method(model.adapted) if model.adapted else "full",

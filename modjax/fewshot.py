@@ -88,7 +88,8 @@ def adapt(
         `results.json`, with rows of the methods `<method>_0shots` (the start) and `<method>_<n>shots`.
       method: the name that results are reported under.
       mixture_or_task_module: registers the datasets.
-      initial_checkpoint_path: what `train` starts from; its mixture says what the start has seen.
+      initial_checkpoint_path: what `train` starts from; its mixture says what the start has seen. A base has seen
+        none.
       operative_config: gives the text that is kept with the checkpoints.
 
     Returns:
@@ -97,6 +98,7 @@ def adapt(
     Raises:
       ValueError: more shots than a dataset has examples, or a metric that the datasets do not have.
     """
+    from modjax import hub
     from modjax.data import registry, shots
     from modjax.evaluation import report, results
 
@@ -107,7 +109,7 @@ def adapt(
         registry.check_has(task, protocol.metric, protocol.splits())
     # What was seen when nothing had been trained here yet.
     before = ""
-    if initial_checkpoint_path:
+    if initial_checkpoint_path and not hub.is_base(initial_checkpoint_path):
         before = checkpoints.read_metadata(initial_checkpoint_path)["mixture"]
     _keep(protocol, pathlib.Path(model_dir))
     rows: list[dict[str, Any]] = []

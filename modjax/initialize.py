@@ -286,6 +286,13 @@ def added(trained: Tree, names: Sequence[str]) -> Tree:
     return traverse_util.unflatten_dict(mine, sep="/")
 
 
+def without(tree: Tree, other: Tree) -> Tree:
+    """The leaves of a tree whose paths another one does not have."""
+    taken = set(traverse_util.flatten_dict(other))
+    flat = traverse_util.flatten_dict(tree)
+    return traverse_util.unflatten_dict({k: v for k, v in flat.items() if k not in taken})
+
+
 def start_from(
     path: Any,
     metadata: Mapping[str, Any],
@@ -305,6 +312,8 @@ def start_from(
       model: this run's.
       start: see `Start`.
 
+    A task's head is carried over where it has the same outputs; otherwise the run's own starts anew, and says so.
+
     Raises:
       CheckpointError: made with another base, or with another method that is not to be collapsed.
       ValueError: this run's modules are not those that are to be carried over.
@@ -315,11 +324,30 @@ def start_from(
         return _collapsed(where, fresh, stored, model)
     provenance.check_same("method", _no_bank(stored["method"]), _no_bank(metadata["method"]), where)
     old, _, _ = checkpoints.load_trained(where)
+    old, heads = _parted(old)
+    own, own_heads = _parted(fresh)
     if stored["method"] != metadata["method"]:
-        old = adapters.extend(old, stored["method"], fresh, metadata["method"])
+        old = adapters.extend(old, stored["method"], own, metadata["method"])
     if start.new_from:
         old = adapters.fill(old, stored["method"], metadata["method"], start.new_from)
-    return old
+    return optimizers.combine(old, _carried(heads, own_heads, where))
+
+
+def _parted(tree: Tree) -> tuple[Tree, Tree]:
+    """(the rest, the task's head) of trained parameters."""
+    flat = traverse_util.flatten_dict(dict(tree), sep="/")
+    heads = {path: leaf for path, leaf in flat.items() if is_head(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in heads}
+    return tuple(traverse_util.unflatten_dict(part, sep="/") for part in (rest, heads))  # type: ignore[return-value]
+
+
+def _carried(heads: Tree, own: Tree, where: Any) -> Tree:
+    """A checkpoint's head for a run, or the run's own where that has another form."""
+    shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (heads, own)]
+    if shapes[0] == shapes[1]:
+        return heads
+    print(f"the head of {where} has another form than this run's, which starts anew")
+    return own
 
 
 def _collapsed(where: Any, fresh: Any, stored: Mapping[str, Any], model: Any) -> Any:
@@ -341,7 +369,7 @@ def _collapsed(where: Any, fresh: Any, stored: Mapping[str, Any], model: Any) ->
     rules = adapters.rules_of(stored["method"])
     old = adapters.Adapted(model.network, rules, space, model.adapted.streams)
     tree, _, _ = checkpoints.load_trained(where)
-    tree, _ = adapters.split(tree, old)
+    tree, others = adapters.split(tree, old)
     _, leaves = adapters.compose(old, tree, name=model.adapted.names[0])
     found = traverse_util.flatten_dict(leaves, sep="/")
     wanted = traverse_util.flatten_dict(dict(fresh), sep="/")
@@ -353,6 +381,8 @@ def _collapsed(where: Any, fresh: Any, stored: Mapping[str, Any], model: Any) ->
                 f"{where} collapses to {path} of shape {there}, and this run has {here}: give its method the rank and "
                 "the layers of the checkpoint's"
             )
+    heads = _carried(_parted(others)[1], _parted(fresh)[1], where)
+    found |= traverse_util.flatten_dict(heads, sep="/")
     return traverse_util.unflatten_dict({**wanted, **found}, sep="/")
 
 

@@ -377,7 +377,8 @@ def config_of(
     if head is None and num_outputs is None:
         return config
     if head is None:
-        usual = "pooled" if config.pooler else "dense"
+        # RoBERTa and XLM-R, whose positions begin later, have two layers.
+        usual = "pooled" if config.pooler and not config.position_offset else "dense"
         head = usual if config.head == "none" else config.head
     return dataclasses.replace(config, head=head, num_outputs=num_outputs or config.num_outputs)
 
@@ -401,6 +402,11 @@ def token_id(path: str | None, name: str) -> int | None:
             "or set the token's id on the model."
         )
     return found.get(f"{name}_id")
+
+
+def same_folder(one: str, other: str) -> bool:
+    """Whether two paths name the same folder."""
+    return pathlib.Path(one).resolve() == pathlib.Path(other).resolve()
 
 
 def _base(path: str | None) -> str:

@@ -1,5 +1,6 @@
 """Whole jobs on decoder-only and encoder bases: from a folder of weights and a tokenizer to results."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -143,6 +144,54 @@ def test_a_head_trains_with_lora_on_an_encoder_and_is_in_the_checkpoint(bases, t
     assert not any("classifier" in path and "lora" in path for path in described["trained"])
 
 
+def test_a_base_with_a_head_goes_on_with_it_and_another_number_of_labels_starts_anew(
+    bases, tmp_path, capsys
+):
+    """The head of a folder, and that of a checkpoint, are where training starts if they fit."""
+    _, params = hub.load_base(bases["encoder"])
+    config = dataclasses.replace(hub.config_of(bases["encoder"]), head="pooled", num_outputs=3)
+    draw = np.random.default_rng(0)
+    params["classifier"] = {
+        "logits_dense": {"kernel": draw.normal(size=(16, 3)), "bias": draw.normal(size=3)}
+    }
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    hub.save_base(tmp_path / "base", config, params)
+    tokenizers.copy(bases["encoder"], tmp_path / "base")
+    options = dict(
+        MIXTURE_OR_TASK_NAME="kinds_name",
+        BASE=tmp_path / "base",
+        TRAIN_STEPS=1,
+        train__train__tensorboard=False,
+        train__train__checkpoint_start=True,
+    )
+    files = ("methods/lora.gin", "bases/encoder_folder.gin", "runs/finetune.gin")
+    lengths = {"inputs": 24, "targets": 1}
+
+    def start(folder, **more):
+        gin.clear_config(clear_constants=True)
+        argv = flags(files, lengths, MODEL_DIR=tmp_path / folder, **(options | more))
+        assert train_entry.main(argv) == 0
+        trained, _, _ = checkpoints.load_trained(tmp_path / folder / "checkpoint_0")
+        return trained["classifier"]["logits_dense"]["kernel"], capsys.readouterr()
+
+    kept, _ = start("same")
+    np.testing.assert_array_equal(kept, params["classifier"]["logits_dense"]["kernel"])
+    after, _, _ = checkpoints.load_trained(tmp_path / "same")
+    # From that run's checkpoint: its head as it was left, if the outputs are the same.
+    again, _ = start("again", INITIAL_CHECKPOINT_PATH=tmp_path / "same")
+    np.testing.assert_array_equal(again, after["classifier"]["logits_dense"]["kernel"])
+    options |= dict(BASE=bases["encoder"], MIXTURE_OR_TASK_NAME="kinds_measure", NUM_OUTPUTS=1)
+    first, _ = start("first")
+    other, said = start(
+        "other",
+        MIXTURE_OR_TASK_NAME="kinds_name",
+        NUM_OUTPUTS=3,
+        INITIAL_CHECKPOINT_PATH=tmp_path / "first",
+    )
+    assert first.shape == (16, 1) and other.shape == (16, 3)
+    assert "has another form than this run's, which starts anew" in said.out
+
+
 def test_one_output_learns_a_number(bases, tmp_path):
     files = ("methods/lora.gin", "bases/encoder_folder.gin")
     lengths = {"inputs": 24, "targets": 1}
@@ -170,6 +219,12 @@ def test_one_output_learns_a_number(bases, tmp_path):
             ("methods/lora.gin", "bases/encoder_folder.gin"),
             {"NUM_OUTPUTS": 2, "MIXTURE_OR_TASK_NAME": "kinds_name"},
             "has 3 labels, the network 2",
+        ),
+        (
+            "encoder",
+            ("methods/lora.gin", "bases/encoder_folder.gin"),
+            {"NUM_OUTPUTS": 1, "MIXTURE_OR_TASK_NAME": "kinds_name"},
+            "has labels as targets, and the network 1 output",
         ),
         (
             "decoder",

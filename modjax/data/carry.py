@@ -20,7 +20,7 @@ KEY_FEATURE = seqio.Feature(
     seqio.PassThroughVocabulary(size=2**31 - 1), add_eos=False, dtype=tf.int32
 )
 
-_FLAGS = "too_long_flags"
+FLAGS = "too_long_flags"  # written by who cuts an example before it is measured here
 
 # Preprocessors that give one example for each that they take.
 _KEEPING = (
@@ -82,7 +82,7 @@ def _measure(
     output_features: Mapping[str, seqio.Feature] | None = None,
 ) -> tf.data.Dataset:
     extra = {n: int(f.add_eos) for n, f in (output_features or {}).items()}
-    return map_plainly(dataset, lambda ex: {**ex, _FLAGS: _too_long(ex, sequence_length, extra)})
+    return map_plainly(dataset, lambda ex: {**ex, FLAGS: _too_long(ex, sequence_length, extra)})
 
 
 _measure.keeps_every_example = True  # type: ignore[attr-defined]
@@ -103,7 +103,7 @@ def carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
         def add(ex: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             ex = dict(ex)
             flags = tf.bitwise.bitwise_or(
-                ex.pop(_FLAGS, tf.constant(0, tf.int32)), _too_long(ex, sequence_length, {})
+                ex.pop(FLAGS, tf.constant(0, tf.int32)), _too_long(ex, sequence_length, {})
             )
             problem = _problem(ex, output_features or {}, allow_empty)
             text = ex.get("inputs_pretokenized", ex.get("inputs", ""))

@@ -1,6 +1,7 @@
 """What is checked of an input before its first batch, so that it fails at once and by name."""
 
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,13 @@ def check_vocabularies(task: str, model: Any) -> None:
     targets = features["targets"].vocabulary
     eos = getattr(model, "eos_id", None)
     if eos is None:
+        number = features["targets"].dtype == tf.float32
+        if number != (model.num_outputs == 1):
+            kind = "numbers" if number else "labels"
+            raise ValueError(
+                f"{where} has {kind} as targets, and the network {model.num_outputs} output(s): "
+                "NUM_OUTPUTS is 1 for numbers, else the number of classes."
+            )
         if model.num_outputs > 1 and targets.vocab_size - 1 > model.num_outputs:
             raise ValueError(
                 f"{where} has {targets.vocab_size - 1} labels, the network {model.num_outputs} "
@@ -50,6 +58,13 @@ def check_vocabularies(task: str, model: Any) -> None:
         raise ValueError(
             f"{where} ends its targets with token {targets.eos_id}, the model decodes up to token "
             f"{eos}: set the model's eos_id."
+        )
+    if "encoder" not in model.STREAMS and features["inputs"].add_eos:
+        warnings.warn(
+            f"{where} ends its inputs with eos, so that a decoder-only model reads its targets "
+            "behind the end of a text: register the inputs with "
+            "seqio.Feature(vocabulary, add_eos=False), unless the base was trained so.",
+            stacklevel=2,
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from modjax.data.carry import map_plainly
+from modjax.data.carry import FLAGS, INPUTS_TOO_LONG, map_plainly
 from modjax.data.vocabularies import HuggingFaceVocabulary
 from modjax.errors import nearest
 
@@ -41,8 +41,8 @@ def features(
 def in_template(texts: Sequence[str] = ("inputs",)) -> Callable[..., tf.data.Dataset]:
     """A preprocessor: `inputs` from one text or two, as `HuggingFaceVocabulary.encode_pair` joins them.
 
-    The longer text is cut where they are too long together, so that the marks remain. `inputs_pretokenized` keeps the
-    texts, joined by a line break.
+    The longer text is cut where they are too long together, so that the marks remain, and the example says so.
+    `inputs_pretokenized` keeps the texts, joined by a line break.
 
     Args:
       texts: the names of the fields.
@@ -58,10 +58,16 @@ def in_template(texts: Sequence[str] = ("inputs",)) -> Callable[..., tf.data.Dat
 
         def join(ex: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             parts = [ex[name] for name in texts]
-            tokens, _ = vocabulary.encode_pair_tf(*parts, max_length=limit)
+            tokens, _ = vocabulary.encode_pair_tf(*parts)
             rest = {name: value for name, value in ex.items() if name not in texts}
             shown = tf.strings.join(parts, separator="\n")
-            return {**rest, "inputs": tokens, "inputs_pretokenized": shown}
+            made = {**rest, "inputs": tokens, "inputs_pretokenized": shown}
+            if limit is None:
+                return made
+            # Cut here, inside the template, where nobody behind could tell any more.
+            cut, _ = vocabulary.encode_pair_tf(*parts, max_length=limit)
+            long = INPUTS_TOO_LONG * tf.cast(tf.size(tokens) > limit, tf.int32)
+            return {**made, "inputs": cut, FLAGS: long}
 
         return map_plainly(dataset, join)
 

@@ -238,12 +238,16 @@ def seen_settings(train_mixture: Names, eval_mixture: Names) -> dict[str, str]:
     Returns:
       For each task of `eval_mixture`: "seen" if its combination of features was trained;
       "unseen_pair" if only its values were, in other combinations; "unseen_<feature>", as
-      "unseen_language", if a value of that feature was never trained (the first such feature).
+      "unseen_language", if a value of that feature was never trained (the first such feature). Tasks
+      without features are "seen" if they were trained themselves, else "unseen_task".
 
     Raises:
-      ValueError: a task has no metadata, or two have different features.
+      ValueError: two tasks have different features.
     """
     trained, evaluated = tasks_of(train_mixture), tasks_of(eval_mixture)
+    if not all(has_metadata(task) for task in [*trained, *evaluated]):
+        known = {origin_of(task) for task in trained}
+        return {t: "seen" if origin_of(t) in known else "unseen_task" for t in evaluated}
     # Refuses rows that cannot be compared.
     FeatureSpace.from_metadata({t: metadata_of(t) for t in [*trained, *evaluated]})
     combinations, values = set(), set()

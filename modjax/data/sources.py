@@ -88,6 +88,7 @@ class ExamplesSource(seqio.DataSource):
 def _column(values: Sequence[Any]) -> np.ndarray | tf.RaggedTensor:
     if isinstance(values[0], str | bytes):
         return np.array([v.encode() if isinstance(v, str) else v for v in values], dtype=object)
-    if isinstance(values[0], list | tuple):
-        return tf.ragged.constant([list(v) for v in values])
+    if isinstance(values[0], list | tuple | np.ndarray) and len({np.shape(v) for v in values}) > 1:
+        lengths = [len(v) for v in values]
+        return tf.RaggedTensor.from_row_lengths(np.concatenate(values), lengths)
     return np.asarray(values)

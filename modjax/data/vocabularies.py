@@ -1,9 +1,10 @@
 """SeqIO vocabularies of the models there are: Hugging Face's fast tokenizers, SentencePiece, bytes.
 
     vocabulary = vocabularies.vocabulary_of("weights/gpt2")
-    features = {name: seqio.Feature(vocabulary) for name in ("inputs", "targets")}
+    inputs, targets = seqio.Feature(vocabulary, add_eos=False), seqio.Feature(vocabulary)
 
-In a gin file: `from modjax.data import vocabularies`, then `@vocabularies.vocabulary_of()`.
+where the inputs of a decoder-only model do not end; T5's do. In a gin file:
+`from modjax.data import vocabularies`, then `@vocabularies.vocabulary_of()`.
 """
 
 import dataclasses

@@ -50,6 +50,8 @@ def import_hf(
     folder = Path(destination)
     check_free(folder, force)
     found = _local(source, revision)
+    if found.resolve() == folder.resolve():
+        raise HubError(f"{folder} would be written over while it is read: give another folder.")
     base = open_base(found)
     tokenizers.describe(found)  # finds what is wrong with it before anything is written
     write(base, folder, dtype, max_shard_bytes)

@@ -126,8 +126,9 @@ def _check_trained(run: Run) -> None:
 
 def _name_of(run: Run, theirs: Mapping[str, Any]) -> str | None:
     """Where PEFT finds the base by itself: its folder if that is one of theirs, or what that was called."""
-    own = read_json(run.folder / "config.json").get("format") is not None
-    return theirs.get("_name_or_path") if own else str(run.folder)
+    path = run.folder / "config.json"  # a checkpoint of T5X has none
+    is_theirs = path.exists() and "format" not in read_json(path)
+    return str(run.folder) if is_theirs else theirs.get("_name_or_path")
 
 
 def _by_module(layers: Layers, known: Mapping[str, Source]) -> dict[str, list[_Part]]:

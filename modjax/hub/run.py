@@ -16,6 +16,7 @@ from modjax.hub import hf_t5
 from modjax.hub.base import Base, is_base, load_base, open_base
 from modjax.hub.errors import HubError, listed
 from modjax.hub.layers import flatten, unstack_layers
+from modjax.hub.t5x_files import is_checkpoint
 
 MODELS = {
     "t5": models.EncoderDecoderModel,
@@ -147,7 +148,7 @@ def open_run(run: str | os.PathLike[str], base: str | os.PathLike[str] | None = 
     where = checkpoints.locate(run)
     metadata = checkpoints.read_metadata(where)
     folder = Path(_base_of(metadata, where) if base is None else base)
-    if base is None and not is_base(folder):
+    if base is None and not (is_base(folder) or is_checkpoint(folder)):
         raise HubError(
             f"{where} was trained on the base {folder}, which is not here: say where it is (--base FOLDER)."
         )
@@ -161,7 +162,12 @@ def open_run(run: str | os.PathLike[str], base: str | os.PathLike[str] | None = 
     model = MODELS[opened.network](network)
     _, weights = load_base(folder, scan_layers=scan)
     model, params, _, _ = initialize.restore(model, where, weights)
-    if re.search(r"^(\S*\.)?DecoderOnlyModel\.prefix = True", metadata["gin"], re.MULTILINE):
+    prefix = re.search(
+        r"^(?:\S*\.)?DecoderOnlyModel\.prefix = (\S+)", metadata["gin"], re.MULTILINE
+    )
+    if prefix and (
+        _macro(metadata["gin"], prefix[1][1:]) if prefix[1][0] == "%" else prefix[1] == "True"
+    ):
         raise HubError(
             f"{where} was trained as a prefix language model (DecoderOnlyModel.prefix): its inputs see each other in "
             "both directions, which the causal models of transformers do not compute."

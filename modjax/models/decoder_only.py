@@ -55,6 +55,12 @@ class DecoderOnlyModel(GeneratingModel):
     def _shapes(self, lengths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         names = ("input_tokens", "target_tokens", "loss_weights", "causal_attention")
         length = lengths["inputs"] + lengths["targets"]
+        config = getattr(self.network, "config", None)
+        if getattr(config, "positions", None) == "learned" and length > config.max_positions:
+            raise ValueError(
+                f"inputs and targets of {length} tokens together are more than the {config.max_positions} positions "
+                "that the base has learned: shorten TASK_FEATURE_LENGTHS."
+            )
         return {f"decoder_{name}": (length,) for name in names}
 
     def _counted(self, batch: Batch) -> list[Array]:
@@ -101,11 +107,12 @@ class DecoderOnlyModel(GeneratingModel):
             "max_decode_length": max_decode_len,
             "mutable": ["cache"],
         }
+        # A prefix sees its last token, which a causal prompt does not need yet.
         prefix = {"decoder_causal_attention": there.astype(jnp.int32)} if self.prefix else {}
         _, cache = self._apply(
             {"params": params},
             "__call__",
-            tokens,
+            tokens if self.prefix else tokens[:, :-1],
             prompt_lengths=jnp.maximum(lengths - 1, 0),
             mix=mix,
             **prefix,

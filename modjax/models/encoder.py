@@ -56,12 +56,22 @@ class EncoderModel(Model):
         """Inputs for the encoder, one target."""
         from modjax.data import converters
 
-        if self.num_outputs == 1:
-            return converters.RegressionFeatureConverter.ending_with(self.separator_id)
-        return converters.ClassificationFeatureConverter.ending_with(self.separator_id)
+        kinds = (
+            converters.RegressionFeatureConverter,
+            converters.ClassificationFeatureConverter,
+        )
+        several = getattr(self.network.config, "type_vocab_size", 1) > 1
+        return kinds[self.num_outputs > 1].ending_with(self.separator_id if several else None)
 
     def _shapes(self, lengths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         names = ("encoder_input_tokens", "encoder_token_types")
+        config = self.network.config
+        learned = config.max_positions - config.position_offset
+        if lengths["inputs"] > learned:
+            raise ValueError(
+                f"inputs of {lengths['inputs']} tokens are more than the {learned} positions that the base "
+                "has learned: shorten TASK_FEATURE_LENGTHS."
+            )
         return {**dict.fromkeys(names, (lengths["inputs"],)), self._target: (1,)}
 
     def example_batch(self, *args: Any, **kwargs: Any) -> Shapes:

@@ -41,7 +41,7 @@ def add(vocabulary):
         registry.remove(name)
 
 
-def read(task, converter, inputs):
+def read(task, converter, inputs, **options):
     batches = pipeline.eval_batches(
         task,
         "train",
@@ -49,6 +49,7 @@ def read(task, converter, inputs):
         task_feature_lengths={"inputs": inputs, "targets": 1},
         batch_size=2,
         converter=converter,
+        **options,
     )
     return next(batches)
 
@@ -72,6 +73,11 @@ def test_pairs_are_joined_in_the_template_and_cut_inside_it(add, vocabulary):
     row = batch["encoder_input_tokens"][0]
     assert (row > 0).all() and row[0] == vocabulary.cls_id and row[-1] == sep
     assert np.count_nonzero(row == sep) == 2
+    # What was cut is said, and refused where that is asked for.
+    _, texts = read("cls_pair", make, 16)
+    assert [text["too_long"] for text in texts] == [["inputs"], []]
+    with pytest.raises(ValueError, match="example 0: inputs over the limit of 16 tokens"):
+        read("cls_pair", make, 16, on_too_long="error")
 
 
 def test_numbers_are_float_targets(add):

@@ -96,6 +96,15 @@ def test_importing_and_loading_hold_little_beside_the_weights(hf, tmp_path, dtyp
     assert weights < loaded < 1.3 * weights
 
 
+def test_a_base_is_not_imported_onto_itself(source, tmp_path, capsys):
+    hub.import_hf(str(source), tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    again = [str(tmp_path / "base"), str(tmp_path / "base" / ""), "--force", "--dtype=bfloat16"]
+    assert main(["import_hf", *again]) == 2
+    assert "would be written over while it is read" in capsys.readouterr().err
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
 def test_a_failed_import_leaves_no_base(source, tmp_path, capsys):
     tensors = safetensors.numpy.load_file(source / "model.safetensors")
     name = "decoder.block.1.layer.2.DenseReluDense.wo.weight"

@@ -140,6 +140,26 @@ def test_sampling_never_draws_what_no_embedding_stands_for(make, decoder_batch):
     assert drawn.min() >= 1 and drawn.max() <= 49 and len(set(drawn.tolist())) > 40
 
 
+def test_learned_positions_serve_as_many_tokens_as_there_are_positions(
+    make_decoder, decoder_batch, space
+):
+    """Eight of the prompt, its first token included, and six of the answer: the last one is never fed."""
+    learned = dict(positions="learned", norm="layer")
+    model = DecoderOnlyModel(make_decoder(max_positions=13, **learned), eos_id=-1)
+    short = {k: v[:, :13] if k.startswith("decoder_") else v for k, v in decoder_batch.items()}
+    params = jax.jit(model.init)(jax.random.key(0), short)["params"]
+    found = jax.jit(model.predict_batch)(params, decoder_batch)
+    longer = DecoderOnlyModel(make_decoder(max_positions=14, **learned), eos_id=-1)
+    table = params["decoder"]["position_embedder"]["embedding"]
+    assert table.shape[0] == 13
+    padded = jax.tree.map(lambda x: x, params)
+    padded["decoder"]["position_embedder"]["embedding"] = jnp.pad(table, ((0, 1), (0, 0)))
+    assert found.tolist() == without_cache(longer, padded, decoder_batch)
+    model.example_batch({"inputs": 7, "targets": 6}, space)
+    with pytest.raises(ValueError, match="14 tokens together are more than the 13 positions"):
+        model.example_batch({"inputs": 8, "targets": 6}, space)
+
+
 def test_a_batch_without_an_end_of_the_prompt_is_refused(make, decoder_batch):
     model, params = make()
     batch = {name: decoder_batch[name] for name in ("decoder_input_tokens", "features", "tasks")}
