@@ -203,6 +203,15 @@ def test_a_baseline_starts_from_the_base(many, tmp_path):
     assert {row["method"] for row in rows} == {"lora_0shots", "lora_8shots"}
 
 
+def test_the_base_may_be_named_as_the_start(many, tmp_path):
+    """As INITIAL_CHECKPOINT_PATH, which T5X's users give; it has seen nothing."""
+    base, _ = many
+    rows, _ = few_shot(
+        many, tmp_path, "lora", f"INITIAL_CHECKPOINT_PATH = '{base}/'", "adapters.LowRank.rank = 2"
+    )
+    assert {row["method"] for row in rows} == {"lora_0shots", "lora_8shots"}
+
+
 @pytest.fixture
 def grown():
     """Adapters of a FLix with one more language, the old ones carried over, and both methods."""

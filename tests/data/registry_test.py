@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import seqio
 
-from modjax.data import carry, registry
+from modjax import models
+from modjax.data import carry, checks, registry
 from modjax.data.sources import ExamplesSource
 
 VOCABULARY = seqio.ByteVocabulary()
@@ -149,6 +152,45 @@ def test_settings_tell_seen_from_unseen_pairs_and_values(add):
         "ev_qa_en": "unseen_task",
     }
     assert set(registry.seen_settings(train, ["tr_tag_sw"]).values()) == {"seen"}
+
+
+def test_tasks_without_features_are_seen_if_they_were_trained(add):
+    add("reg_plain")
+    add("reg_other")
+    copy = registry.add_copy("reg_plain", "reg_plain_copy", ExamplesSource({"train": ROWS}))
+    try:
+        found = registry.seen_settings([copy.name], ["reg_plain", "reg_other"])
+    finally:
+        registry.remove(copy.name)
+    assert found == {"reg_plain": "seen", "reg_other": "unseen_task"}
+
+
+def test_lists_of_any_lengths_come_out_as_they_went_in():
+    rows = [{"options": ["a", "bcd"]}, {"options": ["e"]}, {"options": ["f", "g", "h"]}]
+    numbers = [{"options": np.array(row)} for row in ([1, 2], [3], [4, 5, 6])]
+    for examples in (rows, numbers):
+        ds = ExamplesSource({"train": examples}).get_dataset("train", shuffle=False)
+        found = [ex["options"].tolist() for ex in ds.as_numpy_iterator()]
+        texts = [[v.decode() if isinstance(v, bytes) else v for v in row] for row in found]
+        assert texts == [list(row["options"]) for row in examples]
+
+
+def test_a_decoders_inputs_that_end_are_warned_of(make_decoder):
+    text = seqio.ByteVocabulary()
+    for add_eos in (False, True):
+        features = {
+            "inputs": seqio.Feature(text, add_eos=add_eos),
+            "targets": seqio.Feature(text),
+        }
+        registry.add_task("reg_ends", ExamplesSource({"train": ROWS}), STEPS, features)
+        model = models.DecoderOnlyModel(make_decoder(vocab_size=260, token_offset=0))
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                checks.check_vocabularies("reg_ends", model)
+        finally:
+            registry.remove("reg_ends")
+        assert any("add_eos=False" in str(one.message) for one in said) == add_eos
 
 
 def test_every_example_carries_its_tasks_key_through_a_mixture(add):

@@ -14,7 +14,7 @@ from flax import serialization
 
 from modjax import adapters, checkpoints, hub, initialize, models, provenance
 from modjax.features import FeatureSpace
-from modjax.hub import hf_import, t5x, t5x_files
+from modjax.hub import hf_import, peft, run, t5x, t5x_files
 from modjax.hub.__main__ import main
 from modjax.hub.errors import HubError
 from modjax.hub.kinds import KINDS
@@ -442,6 +442,14 @@ def test_a_run_is_exported_with_its_base_and_its_feature_space(tmp_path):
         np.testing.assert_array_equal(stored[name], value)
     written = json.loads((tmp_path / "theirs" / "feature_space.json").read_text())
     assert FeatureSpace.from_json(written) == space
+    # The base may be a checkpoint of T5X itself: the run is built again, and goes out, as well.
+    t5x.export_t5x(tmp_path / "base", tmp_path / "as_t5x")
+    found = run.open_run(tmp_path / "run", tmp_path / "as_t5x")
+    assert set(flatten(found.params)) == set(expected)
+    written = peft.export_peft(
+        tmp_path / "run", tmp_path / "peft", {"language": "sw"}, base=tmp_path / "as_t5x"
+    )
+    assert written["peft_type"] == "LORA"
     # Another base is not what it was trained on.
     hub.save_base(tmp_path / "other", config, unflatten(params_of(config, seed=1)))
     with pytest.raises(provenance.CheckpointError, match="base"):
