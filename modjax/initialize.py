@@ -338,7 +338,7 @@ def _parted(tree: Tree) -> tuple[Tree, Tree]:
     flat = traverse_util.flatten_dict(dict(tree), sep="/")
     heads = {path: leaf for path, leaf in flat.items() if is_head(path)}
     rest = {path: leaf for path, leaf in flat.items() if path not in heads}
-    return tuple(traverse_util.unflatten_dict(part, sep="/") for part in (rest, heads))  # type: ignore[return-value]
+    return traverse_util.unflatten_dict(rest, sep="/"), traverse_util.unflatten_dict(heads, sep="/")
 
 
 def _carried(heads: Tree, own: Tree, where: Any) -> Tree:

@@ -55,7 +55,7 @@ class DecoderOnlyModel(GeneratingModel):
     def _shapes(self, lengths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         names = ("input_tokens", "target_tokens", "loss_weights", "causal_attention")
         length = lengths["inputs"] + lengths["targets"]
-        config = getattr(self.network, "config", None)
+        config: Any = getattr(self.network, "config", None)
         if getattr(config, "positions", None) == "learned" and length > config.max_positions:
             raise ValueError(
                 f"inputs and targets of {length} tokens together are more than the {config.max_positions} positions "
