@@ -97,10 +97,10 @@ def measure(model: Any, rows: int, length: int, devices: Any, dtype: str) -> Hel
         model, optimizers.Optimizer(), partitioning.make_mesh(1, devices), trained, frozen
     )
     state = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
+        step=jax.ShapeDtypeStruct((), jnp.int32),
         trained=trained,
         opt_state=jax.eval_shape(trainer.transform.init, trained),
-        rng=jax.ShapeDtypeStruct((2,), jnp.uint32),  # type: ignore[arg-type]
+        rng=jax.ShapeDtypeStruct((2,), jnp.uint32),
     )
     flag = jax.ShapeDtypeStruct((1,), jnp.int32)
     compiled = trainer.train_step.lower(state, frozen, batch, flag).compile()

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from modjax import mistakes
 from modjax.hub import hf_import
@@ -32,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _import_hf(commands: argparse._SubParsersAction) -> None:
-    def run(source: str, destination: str, **options: object) -> None:
-        base = hf_import.import_hf(source, destination, **options)  # type: ignore[arg-type]
+    def run(source: str, destination: str, **options: Any) -> None:
+        base = hf_import.import_hf(source, destination, **options)
         print(f"{destination}: {base.network}, {len(base.shapes)} arrays; BASE for {base.kind.gin}")
 
     text = "A Hugging Face model as a base directory of ours."
@@ -43,11 +44,11 @@ def _import_hf(commands: argparse._SubParsersAction) -> None:
 
 
 def _import_t5x(commands: argparse._SubParsersAction) -> None:
-    def run(source: str, destination: str, **options: object) -> None:
+    def run(source: str, destination: str, **options: Any) -> None:
         from modjax.hub.t5x import import_t5x
 
         given = {name: value for name, value in options.items() if value is not None}
-        base = import_t5x(source, destination, **given)  # type: ignore[arg-type]
+        base = import_t5x(source, destination, **given)
         far, units = base.fields["relpos_max_distance"], base.fields["mlp_activations"]
         print(
             f"{destination}: {len(base.shapes)} arrays; BASE for {base.kind.gin}. Taken for what the checkpoint does "
@@ -62,10 +63,10 @@ def _import_t5x(commands: argparse._SubParsersAction) -> None:
 
 
 def _export_t5x(commands: argparse._SubParsersAction) -> None:
-    def run(source: str, destination: str, **options: object) -> None:
+    def run(source: str, destination: str, **options: Any) -> None:
         from modjax.hub.t5x import export_t5x
 
-        print(export_t5x(source, destination, **options))  # type: ignore[arg-type]
+        print(export_t5x(source, destination, **options))
 
     text = "A base, or a run with its base, as an Orbax checkpoint for T5X."
     command = _copy(commands, "export_t5x", text, "a base, a MODEL_DIR or a checkpoint of train.py")
@@ -97,20 +98,20 @@ def _verify(commands: argparse._SubParsersAction) -> None:
 
 
 def _export_peft(commands: argparse._SubParsersAction) -> None:
-    def run(trained: str, destination: str, features: str, **options: object) -> None:
+    def run(trained: str, destination: str, features: str, **options: Any) -> None:
         from modjax.hub.peft import export_peft
 
-        config = export_peft(trained, destination, _features(features), **options)  # type: ignore[arg-type]
+        config = export_peft(trained, destination, _features(features), **options)
         print(f"{destination}: {config['peft_type']} for {', '.join(config['target_modules'])}")
 
     _export(commands, "export_peft", "One dataset's adapter for PEFT.").set_defaults(run=run)
 
 
 def _export_hf(commands: argparse._SubParsersAction) -> None:
-    def run(trained: str, destination: str, features: str, **options: object) -> None:
+    def run(trained: str, destination: str, features: str, **options: Any) -> None:
         from modjax.hub.export import export_hf
 
-        written = export_hf(trained, destination, _features(features), **options)  # type: ignore[arg-type]
+        written = export_hf(trained, destination, _features(features), **options)
         print(f"{destination}: {written['architectures'][0]} in {written['dtype']}")
 
     command = _export(commands, "export_hf", "The model for transformers, adapters merged in.")

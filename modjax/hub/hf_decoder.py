@@ -9,12 +9,11 @@ Our token 0 is padding. Where their token 0 is a word (pad_token_id is not 0), a
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from modjax.hub import hf_decoder_config
-from modjax.hub.errors import HubError, listed
+from modjax.hub import hf_decoder_config, hf_files
+from modjax.hub.errors import HubError
 from modjax.hub.safetensors_io import TensorFiles
 from modjax.hub.sources import Source, Target, targets
 
@@ -74,11 +73,11 @@ def read_config(
             "model.model.language_model.state_dict()); text.save_pretrained(DST)"
         )
     settings = hf_decoder_config.complete(config)
-    names = _names(files)
+    names = hf_files.by_name(files, _bare)
     embedding = _embedding(kind, names, files)
     tied = _tied(settings, embedding, files)
     network = {
-        "vocab_size": _vocab_size(config, embedding, files),
+        "vocab_size": hf_files.vocab_rows(config, embedding, files),
         **hf_decoder_config.fields(settings, str(files.directory)),
         "logits_via_embedding": tied,
     }
@@ -130,42 +129,12 @@ def _bare(tensor: str) -> str:
     return re.sub(r"^(model|transformer)\.", "", tensor)
 
 
-def _names(files: TensorFiles) -> dict[str, str]:
-    """The files' tensors by their name without prefix."""
-    names: dict[str, str] = {}
-    for tensor in files.shapes:
-        name = _bare(tensor)
-        if name in names:
-            raise HubError(
-                f"{files.directory} holds {name} twice, as {names[name]} and as {tensor}: remove one."
-            )
-        names[name] = tensor
-    return names
-
-
 def _embedding(kind: str, names: Mapping[str, str], files: TensorFiles) -> str:
     """The tensor that is the token embedding."""
     name = "wte.weight" if kind == "gpt2" else "embed_tokens.weight"
     if name not in names:
         raise HubError(f"{files.directory} has no token embedding, {name}.")
     return names[name]
-
-
-def _vocab_size(config: Mapping[str, Any], tensor: str, files: TensorFiles) -> int:
-    """Rows of the embedding, which may be padded beyond what config.json says."""
-    rows = files.shapes[tensor][0]
-    said = int(config.get("vocab_size") or rows)
-    if said > rows:
-        raise HubError(
-            f"{files.directory}: config.json says vocab_size {said}, {tensor} has {rows} rows."
-        )
-    if said < rows:
-        warnings.warn(
-            f"{tensor} has {rows} rows, config.json says vocab_size {said}: the last {rows - said} are kept as padding "
-            "of the vocabulary.",
-            stacklevel=5,
-        )
-    return rows
 
 
 def _tied(settings: Mapping[str, Any], embedding: str, files: TensorFiles) -> bool:
@@ -245,19 +214,13 @@ def _llama_tensors(network: Mapping[str, Any]) -> dict[str, Source]:
 def _check_tensors(
     found: Mapping[str, Source], names: Mapping[str, str], tied: bool, files: TensorFiles
 ) -> None:
-    used = {source.tensor for source in found.values()}
-    files.check_floating(sorted(used & files.shapes.keys()))
-    used |= {_HEAD} if tied else set()
+    used = {source.tensor for source in found.values()} | ({_HEAD} if tied else set())
     left = [
         tensor
         for name, tensor in names.items()
         if tensor not in used and not re.fullmatch(_IGNORED, name)
     ]
-    if left:
-        raise HubError(
-            f"{files.directory}: tensors that have no place in this network: {listed(left)}. Does config.json belong "
-            "to these weights? (An adapter, or a head of another task, is not a base.)"
-        )
+    hf_files.refuse_left(left, files, "of another task, is not a base")
     ends: dict[str, int] = {}
     for source in found.values():
         if source.part is not None:

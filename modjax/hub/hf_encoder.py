@@ -12,13 +12,12 @@ models), "dense" the two layers of RobertaForSequenceClassification. The heads o
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from modjax.errors import nearest
-from modjax.hub import tokenizers
-from modjax.hub.errors import HubError, listed
+from modjax.hub import hf_files, tokenizers
+from modjax.hub.errors import HubError
 from modjax.hub.safetensors_io import TensorFiles
 from modjax.hub.sources import Source, Target, targets
 
@@ -98,17 +97,12 @@ def read_config(
         name = source.tensor.removeprefix(_PREFIXES[config["model_type"]])
         found[ours] = dataclasses.replace(source, tensor=names.get(name, name))
     used = {source.tensor for source in found.values()}
-    files.check_floating(sorted(used & files.shapes.keys()))
     left = [
         tensor
         for name, tensor in names.items()
         if tensor not in used and not re.fullmatch(_IGNORED, name)
     ]
-    if left:
-        raise HubError(
-            f"{files.directory}: tensors that have no place in this network: {listed(left)}. Does config.json belong "
-            "to these weights? (An adapter, or a head for tokens or answers, is not read here.)"
-        )
+    hf_files.refuse_left(left, files, "for tokens or answers, is not read here")
     return network, found
 
 
@@ -148,17 +142,13 @@ def export(
 
 def _names(model_type: str, files: TensorFiles) -> dict[str, str]:
     """The files' tensors by their name without prefix and with today's names of the norms."""
-    names: dict[str, str] = {}
-    for tensor in files.shapes:
+
+    def bare(tensor: str) -> str:
         name = tensor.removeprefix(_PREFIXES[model_type])
         name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
-        if name in names:
-            raise HubError(
-                f"{files.directory} holds {name} twice, as {names[name]} and as {tensor}: remove one."
-            )
-        names[name] = tensor
-    return names
+        return re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
+
+    return hf_files.by_name(files, bare)
 
 
 def sources(model_type: str, network: Mapping[str, Any]) -> dict[str, Source]:
@@ -220,15 +210,11 @@ def _rows(
     name = f"embeddings.{table}.weight"
     if name not in names:
         raise HubError(f"{files.directory} has no tensor {name}.")
+    if field == "vocab_size":
+        return hf_files.vocab_rows(config, names[name], files)
     rows = files.shapes[names[name]][0]
     said = int(config.get(field) or rows)
-    if field == "vocab_size" and said < rows:
-        warnings.warn(
-            f"{names[name]} has {rows} rows, config.json says vocab_size {said}: the last {rows - said} are kept as "
-            "padding of the vocabulary.",
-            stacklevel=5,
-        )
-    elif said != rows:
+    if said != rows:
         raise HubError(
             f"{files.directory}: config.json says {field} {said}, {names[name]} has {rows} rows."
         )

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from modjax.errors import nearest
-from modjax.hub.errors import HubError, listed
+from modjax.hub import hf_files
+from modjax.hub.errors import HubError
 from modjax.hub.safetensors_io import TensorFiles
 from modjax.hub.sources import Source, Target, targets
 
@@ -83,7 +84,7 @@ def read_config(
         raise HubError(f"{files.directory}/config.json has no field {error}.") from error
     tied, scaled = _output_layer(config, files)
     network = {
-        "vocab_size": _vocab_size(config, files),
+        "vocab_size": hf_files.vocab_rows(config, _embedding(files), files),
         **sizes,
         "mlp_activations": _activations(config),
         "logits_via_embedding": tied and scaled,
@@ -259,23 +260,6 @@ def _embedding(files: TensorFiles) -> str:
     raise HubError(f"{files.directory}: no token embedding; expected {_EMBEDDING}.")
 
 
-def _vocab_size(config: Mapping[str, Any], files: TensorFiles) -> int:
-    name = _embedding(files)
-    rows = files.shapes[name][0]
-    said = config.get("vocab_size")
-    if said is not None and int(said) > rows:
-        raise HubError(
-            f"{files.directory}: config.json says vocab_size {said}, {name} has {rows} rows."
-        )
-    if said is not None and int(said) < rows:
-        warnings.warn(
-            f"{name} has {rows} rows, config.json says vocab_size {said}: the last "
-            f"{rows - int(said)} are kept as padding of the vocabulary.",
-            stacklevel=5,
-        )
-    return rows
-
-
 def _output_layer(config: Mapping[str, Any], files: TensorFiles) -> tuple[bool, bool]:
     """(tied, scaled); see the table at the top of this file."""
     model_type = config["model_type"]
@@ -322,9 +306,4 @@ def _check_leftovers(found: Mapping[str, Source], tied: bool, files: TensorFiles
                 "embedding between encoder and decoder."
             )
     unexpected = [name for name in left if name not in copies]
-    if unexpected:
-        raise HubError(
-            f"{files.directory}: tensors that have no place in this network: "
-            f"{listed(unexpected)}. Does config.json belong to these weights? (An adapter, or a "
-            "head of another task, is not a base.)"
-        )
+    hf_files.refuse_left(unexpected, files, "of another task, is not a base")

@@ -3,6 +3,7 @@
 Legend, here and in the models: `B` batch, `L` length, `V` vocabulary, `S` segments of a packed row, `F` features.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
@@ -26,7 +27,7 @@ NORMALIZERS = ("num_real_target_tokens", "num_total_target_tokens", "average_per
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(abc.ABC):
     """A network with its loss; what is predicted, a subclass says.
 
     Attributes:
@@ -83,9 +84,9 @@ class Model:
         return int(getattr(getattr(self.network, "config", None), "token_offset", 0))
 
     @property
+    @abc.abstractmethod
     def converter(self) -> Any:
         """The class of `modjax.data.converters` that makes this model's batches; imports SeqIO."""
-        raise NotImplementedError
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Any:  # T5X's name
@@ -124,9 +125,9 @@ class Model:
             batch[f"{stream}_positions"] = ids(rows, length)
         return batch
 
+    @abc.abstractmethod
     def _shapes(self, lengths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """The shapes of an example's own arrays, without the rows."""
-        raise NotImplementedError
 
     # Calls into the network.
 
@@ -285,11 +286,11 @@ class Model:
         """The best prediction of each example, `[B, L]`; see `predict_batch_with_aux`."""
         return self.predict_batch_with_aux(params, batch, rng, **options)[0]
 
+    @abc.abstractmethod
     def predict_batch_with_aux(
         self, params: Any, batch: Batch, rng: Array | None = None, **options: Any
     ) -> tuple[Array, dict[str, Array]]:
         """(predictions `[B, L]`, {name: `[B]`})."""
-        raise NotImplementedError
 
     def score_batch(self, params: Any, batch: Batch, return_intermediates: bool = False) -> Array:
         """Log probability of each example's target, in nats, float32 `[B]` (unpacked)."""

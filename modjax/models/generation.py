@@ -1,5 +1,6 @@
 """Models that write: decoding through a cache, for batches that may mix datasets."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -54,19 +55,19 @@ class GeneratingModel(Model):
         super().__post_init__()
         _check_decoder(self.decoder)
 
+    @abc.abstractmethod
     def prompt(self, params: Any, batch: Batch, num_decodes: int, max_decode_len: int) -> Prompted:
         """Computes what is computed once for a batch: the encoder, or the prompts' keys and values."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def answer_length(self, batch: Batch) -> int:
         """How many tokens an answer may have, by the shapes of a batch."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def with_answers(
         self, arrays: Mapping[str, np.ndarray], answers: np.ndarray
     ) -> dict[str, np.ndarray]:
         """The arrays of unpacked examples (numpy, `[N, ...]`) with other targets, int32 `[N, L]`, to be scored."""
-        raise NotImplementedError
 
     def predict_batch_with_aux(  # type: ignore[override]  # it names its options
         self,
