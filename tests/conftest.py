@@ -18,6 +18,7 @@ from modjax.features import FeatureSpace  # noqa: E402
 from modjax.networks import decoder, encoder, t5  # noqa: E402
 
 VOCAB = 50
+SIZES = dict(emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32)
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +42,8 @@ def make_t5():
     """Builds a tiny T5; keywords replace its config's."""
 
     def make(**options) -> t5.Transformer:
-        sizes = dict(
-            vocab_size=VOCAB,
-            emb_dim=16,
-            num_heads=2,
-            head_dim=8,
-            mlp_dim=32,
-            num_encoder_layers=2,
-            num_decoder_layers=2,
-        )
+        own = dict(vocab_size=VOCAB, num_encoder_layers=2, num_decoder_layers=2)
+        sizes = SIZES | own
         return t5.Transformer(t5.T5Config(**(sizes | options)))
 
     return make
@@ -60,15 +54,7 @@ def make_decoder():
     """Builds a tiny decoder-only network; keywords replace its config's."""
 
     def make(**options) -> decoder.Transformer:
-        sizes = dict(
-            vocab_size=VOCAB - 1,
-            emb_dim=16,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=8,
-            mlp_dim=32,
-            num_layers=2,
-        )
+        sizes = SIZES | dict(vocab_size=VOCAB - 1, num_kv_heads=1, num_layers=2)
         return decoder.Transformer(decoder.DecoderConfig(**(sizes | options)))
 
     return make
@@ -79,17 +65,8 @@ def make_encoder():
     """Builds a tiny encoder with a head of three classes; keywords replace its config's."""
 
     def make(**options) -> encoder.Transformer:
-        sizes = dict(
-            vocab_size=VOCAB,
-            emb_dim=16,
-            num_heads=2,
-            head_dim=8,
-            mlp_dim=32,
-            num_layers=2,
-            max_positions=20,
-            head="pooled",
-            num_outputs=3,
-        )
+        own = dict(vocab_size=VOCAB, num_layers=2, max_positions=20, head="pooled", num_outputs=3)
+        sizes = SIZES | own
         return encoder.Transformer(encoder.EncoderConfig(**(sizes | options)))
 
     return make

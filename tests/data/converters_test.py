@@ -10,7 +10,7 @@ from modjax.data import converters, pipeline, registry
 from modjax.data.carry import DATASET_KEY, FLAG_BITS, key_of
 from modjax.data.sources import ExamplesSource
 from modjax.features import FeatureSpace
-from modjax.models import EncoderDecoderModel
+from modjax.models import EncoderDecoderModel, EncoderModel
 
 FEATURES = {k: seqio.Feature(seqio.ByteVocabulary()) for k in ("inputs", "targets")}
 STEPS = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
@@ -198,3 +198,13 @@ def test_an_encoders_rows_know_which_text_a_token_is_of():
         make(pack=True)
     with pytest.raises(ValueError, match="set the length of targets to 1, not 12"):
         make(pack=False)(ds, LENGTHS)
+
+
+def test_token_types_are_for_networks_that_have_them(make_encoder):
+    """RoBERTa has one type, so that type 1 would be no row of its embedding."""
+    for rows, expected in ((2, [0, 0, 1]), (1, [0, 0, 0])):
+        model = EncoderModel(make_encoder(type_vocab_size=rows), separator_id=9)
+        converter = model.converter(pack=False)
+        task = {"inputs": np.array([5, 9, 6], np.int32), "targets": [1], "dataset_key": [4]}
+        made = converter._convert_example({k: tf.constant(v) for k, v in task.items()})
+        assert made["encoder_token_types"].numpy().tolist() == expected

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from modjax.models import EncoderModel
 
@@ -45,16 +44,6 @@ def test_one_output_costs_its_squared_error(make_encoder, encoder_batch):
     np.testing.assert_allclose(model.eval_fn(params, batch)[0], expected, rtol=1e-5)
     with pytest.raises(ValueError, match="have no probability"):
         model.score_batch(params, batch)
-
-
-def test_token_types_are_for_networks_that_have_them(make_encoder, encoder_batch):
-    """RoBERTa has one type, so that type 1 would be no row of its embedding."""
-    for rows, expected in ((2, [0, 0, 1]), (1, [0, 0, 0])):
-        model = EncoderModel(make_encoder(type_vocab_size=rows), separator_id=9)
-        converter = model.converter(pack=False)
-        task = {"inputs": np.array([5, 9, 6], np.int32), "targets": [1], "dataset_key": [4]}
-        made = converter._convert_example({k: tf.constant(v) for k, v in task.items()})
-        assert made["encoder_token_types"].numpy().tolist() == expected
 
 
 def test_what_makes_no_sense_is_refused(make_encoder, encoder_batch, space):

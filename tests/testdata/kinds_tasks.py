@@ -21,71 +21,60 @@ decoder = vocabularies.vocabulary_of(os.environ["KINDS_DECODER"])
 encoder = vocabularies.vocabulary_of(os.environ["KINDS_ENCODER"])
 SPLITS = ("train", "validation", "test")
 
-for _language in LANGUAGES:
+TOKENS = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
+TEXTS = {"inputs": seqio.Feature(decoder, add_eos=False), "targets": seqio.Feature(decoder)}
+
+
+def add(name, task, languages, row, steps, features, **options):
+    """A task whose example for a text of a language is `row(language, text)`."""
+    splits = {
+        split: [row(language, text) for language in languages for text in words(language, split)]
+        for split in SPLITS
+    }
+    metadata = {"task": task, "language": languages}
     registry.add_task(
-        f"kinds_copy_{_language}",
-        sources.ExamplesSource(
-            {
-                s: [{"inputs": f"copy {w}:", "targets": w} for w in words(_language, s)]
-                for s in SPLITS
-            }
-        ),
-        [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-        {
-            "inputs": seqio.Feature(decoder, add_eos=False),
-            "targets": seqio.Feature(decoder, add_eos=True),
-        },
-        metadata={"task": "copy", "language": _language},
-    )
-    registry.add_task(
-        f"kinds_say_{_language}",
-        sources.ExamplesSource(
-            {
-                s: [{"inputs": f"{w}?", "targets": _language} for w in words(_language, s)]
-                for s in SPLITS
-            }
-        ),
-        [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-        {
-            "inputs": seqio.Feature(decoder, add_eos=False),
-            "targets": seqio.Feature(decoder, add_eos=True),
-        },
-        metadata={"task": "say", "language": _language},
-        choices=tuple(LANGUAGES),
-    )
-    registry.add_task(
-        f"kinds_name_{_language}",
-        sources.ExamplesSource(
-            {
-                s: [
-                    {"first": w, "second": "copy", "targets": _language}
-                    for w in words(_language, s)
-                ]
-                for s in SPLITS
-            }
-        ),
-        [classification.in_template(("first", "second")), classification.tokenize_target],
-        classification.features(encoder, tuple(LANGUAGES)),
-        metadata={"task": "name", "language": _language},
-        metric_names=("exact_match", "matthews"),
+        name, sources.ExamplesSource(splits), steps, features, metadata=metadata, **options
     )
 
+
+for _language in LANGUAGES:
+    add(
+        f"kinds_copy_{_language}",
+        "copy",
+        (_language,),
+        lambda language, text: {"inputs": f"copy {text}:", "targets": text},
+        TOKENS,
+        TEXTS,
+    )
+    add(
+        f"kinds_say_{_language}",
+        "say",
+        (_language,),
+        lambda language, text: {"inputs": f"{text}?", "targets": language},
+        TOKENS,
+        TEXTS,
+        choices=tuple(LANGUAGES),
+    )
+    add(
+        f"kinds_name_{_language}",
+        "name",
+        (_language,),
+        lambda language, text: {"first": text, "second": "copy", "targets": language},
+        [classification.in_template(("first", "second")), classification.tokenize_target],
+        classification.features(encoder, tuple(LANGUAGES)),
+        metric_names=("exact_match", "matthews"),
+    )
 # Which language a text is in, as a number.
-registry.add_task(
+add(
     "kinds_measure",
-    sources.ExamplesSource(
-        {
-            s: [
-                {"inputs": w, "targets": f"{2 * i - 1.5}"}
-                for i, language in enumerate(LANGUAGES)
-                for w in words(language, s)
-            ]
-            for s in SPLITS
-        }
-    ),
+    "measure",
+    tuple(LANGUAGES),
+    lambda language, text: {
+        "inputs": text,
+        "targets": f"{2 * list(LANGUAGES).index(language) - 1.5}",
+    },
     [classification.in_template(), classification.tokenize_target],
     classification.features(encoder, None),
-    metadata={"task": "measure", "language": ("el", "ru", "ko")},
     metric_names=("pearson",),
 )
 registry.add_mixture("kinds_copy", [f"kinds_copy_{name}" for name in LANGUAGES])
