@@ -121,6 +121,15 @@ def summable(routing: Routing | Shares) -> Routing:
     return Routing(index, routing.down[..., 0, :], tuple((m, m + 1) for m in range(modules)))
 
 
+def product(x: Array, w: Array) -> Array:
+    """`x [B, L, D] @ w [D, K]`: `[B, L, K]`.
+
+    Tokens are one axis, so that the gradient of `w` is a product of two matrices. With three axes XLA's CPU compiler
+    first transposes the wider operand, which took a third of a step of LoRA.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+
+
 def belongs(segments: Array | None, num_segments: int, rows: int) -> Array | None:
     """float32 `[B, L, S]`, 1 where a token is of a segment; None if weights hold for whole rows.
 
@@ -174,10 +183,11 @@ def average_down(x: Array, a: Array, weights: Array) -> Array:
     weights = weights.astype(x.dtype)
     if weights.shape[:2] == (1, 1):  # all alike: average the modules, at the cost of one
         blocks = a.reshape(heads, width // heads, modules, -1)
-        return x @ jnp.einsum("hdmr,hm->hdr", blocks, weights[0, 0]).reshape(width, -1)
+        mean = jnp.einsum("hdmr,hm->hdr", blocks, weights[0, 0])
+        return product(x, mean.reshape(width, -1))
     # No size is left to be inferred: there may be no token, as in the empty prompt that makes a decoder's cache.
     if heads == 1:
-        each = (x @ a)[:, :, None]
+        each = product(x, a)[:, :, None]
     else:
         blocks = x.reshape(*x.shape[:2], heads, width // heads)
         each = jnp.einsum("blhd,hdn->blhn", blocks, a.reshape(heads, -1, columns))
@@ -198,11 +208,12 @@ def average_up(h: Array, b: Array, weights: Array) -> Array:
     weights = weights.astype(h.dtype)
     if weights.shape[:2] == (1, 1):
         blocks = b.reshape(modules, -1, heads, features // heads)
-        return h @ jnp.einsum("mrhk,hm->rhk", blocks, weights[0, 0]).reshape(-1, features)
+        mean = jnp.einsum("mrhk,hm->rhk", blocks, weights[0, 0])
+        return product(h, mean.reshape(-1, features))
     each = weights[..., None] * h[:, :, None, None, :]  # [B, L, H, M, r]
     each = each.reshape(*each.shape[:3], rows)
     if heads == 1:
-        return each[:, :, 0] @ b
+        return product(each[:, :, 0], b)
     blocks = jnp.einsum("blhn,nhk->blhk", each, b.reshape(rows, heads, -1))
     return blocks.reshape(*h.shape[:2], features)
 

@@ -203,12 +203,12 @@ class BottleneckBank(nn.Module):
         up_bias = self.param("up_bias", zeros, (modules, features)).astype(y.dtype)
         act = ACTIVATIONS[self.activation]
         if isinstance(gates, Gates):
-            hidden = act(y @ down + bias) * gates.dense.astype(y.dtype)
-            return y + hidden @ up + gates.modules.astype(y.dtype) @ up_bias
+            hidden = act(banks.product(y, down) + bias) * gates.dense.astype(y.dtype)
+            return y + banks.product(hidden, up) + gates.modules.astype(y.dtype) @ up_bias
         weights = gates.down[..., 0, :].astype(y.dtype)  # one head
         hidden = banks.average_down(y, down, gates.down)
         hidden = act(hidden + weights @ bias.reshape(self.num_modules, -1))
         if self.share_up:
-            return y + hidden @ up + up_bias[0]
+            return y + banks.product(hidden, up) + up_bias[0]
         weights = gates.up[..., 0, :].astype(y.dtype)
         return y + banks.average_up(hidden, up, gates.up) + weights @ up_bias

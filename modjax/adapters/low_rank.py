@@ -309,7 +309,7 @@ class LowRankBank(nn.Module):
         if isinstance(gates, Shares):
             h = banks.average_down(x, a, gates.down) * self.scale
             shared = self.num_rows != self.num_columns
-            return y + (h @ b if shared else banks.average_up(h, b, gates.up))
+            return y + (banks.product(h, b) if shared else banks.average_up(h, b, gates.up))
         return y + self._sum(x, a, b, gates)
 
     def _sum(self, x: Array, a: Array, b: Array, gates: Gates) -> Array:
@@ -317,10 +317,10 @@ class LowRankBank(nn.Module):
         if form == "auto":
             form = choose_form(self.num_columns, gates.columns.shape[1], *x.shape[:2])
         if form == "dense":
-            return ((x @ a) * gates.dense.astype(x.dtype)) @ b
+            return banks.product(banks.product(x, a) * gates.dense.astype(x.dtype), b)
         if gates.columns.shape[0] == 1:  # all rows use the same columns
             rows = gates.columns[0]
-            hidden = (x @ a[:, rows]) * gates.gathered.astype(x.dtype)
-            return hidden @ b[rows]
+            hidden = banks.product(x, a[:, rows]) * gates.gathered.astype(x.dtype)
+            return banks.product(hidden, b[rows])
         hidden = jnp.einsum("bld,bnd->bln", x, a.T[gates.columns])
         return jnp.einsum("bln,bnk->blk", hidden * gates.gathered.astype(x.dtype), b[gates.columns])

@@ -20,7 +20,7 @@ Array = jax.Array
 ACTIVATIONS = {
     "relu": nn.relu,
     "gelu": lambda x: nn.gelu(x, approximate=True),
-    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+    "gelu_exact": lambda x: x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)),
     "silu": nn.silu,
     "linear": lambda x: x,
 }
