@@ -130,7 +130,14 @@ def test_a_head_trains_with_lora_on_an_encoder_and_is_in_the_checkpoint(bases, t
     files = ("methods/lora.gin", "bases/encoder_folder.gin")
     lengths = {"inputs": 24, "targets": 1}
     losses, rows = job(
-        bases["encoder"], tmp_path / "run", "kinds_name", files, lengths, 200, NUM_OUTPUTS=3
+        bases["encoder"],
+        tmp_path / "run",
+        "kinds_name",
+        files,
+        lengths,
+        300,
+        NUM_OUTPUTS=3,
+        LEARNING_RATE=0.01,
     )
     assert losses[-1] < losses[0]
     exact = [row["value"] for row in rows if row["metric"] == "exact_match"]
