@@ -36,6 +36,19 @@ def cross_entropy(
     return loss + z, z
 
 
+def predicted(logits: Array, targets: Array) -> Array:
+    """Whether the target is what `argmax` would choose, float32 `[...]`, of logits `[..., V]` and targets int `[...]`.
+
+    It asks whether another entry comes before the target, for which CPUs have fast instructions; for argmax XLA makes
+    a loop that took 8 % of a training step with a vocabulary of 32128.
+    """
+    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    before = (logits > own) | ((logits == own) & (places < targets[..., None]))
+    # Where something is not a number, nothing is predicted.
+    return (~jnp.any(before, axis=-1) & ~jnp.isnan(own[..., 0])).astype(jnp.float32)
+
+
 def symmetric_kl(logits: Array, other: Array) -> Array:
     """`KL(stop(q) || p) + KL(stop(p) || q)` of two categorical distributions, in nats.
 

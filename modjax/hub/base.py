@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ from modjax.hub.sources import Source
 
 FORMAT = "modjax"
 VERSION = 1
+ALIGNMENT = 64  # bytes
 
 _logger = logging.getLogger(__name__)
 
@@ -192,7 +194,7 @@ class Base:
         if dtype is None:
             kinds = [self.dtype_of(layer) for layer in layers]
             dtype = functools.reduce(np.promote_types, kinds)
-        out = np.empty(shape, dtype)
+        out = _aligned(shape, dtype)
         for i, layer in enumerate(layers):
             self.sources[layer].fill(out[i] if stacked else out, self.files)
         return out
@@ -207,6 +209,13 @@ class Base:
                 "dtype='bfloat16' or 'float32'.",
                 stacklevel=3,
             )
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins where jax wants one to: its CPU backend then uses it as it is, without a copy."""
+    memory = np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + memory.size - ALIGNMENT].view(dtype).reshape(shape)
 
 
 def open_base(path: str | os.PathLike[str]) -> Base:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from modjax.adapters import Adapted, Mix
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
-from modjax.losses import cross_entropy, symmetric_kl
+from modjax.losses import cross_entropy, predicted, symmetric_kl
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -217,7 +217,7 @@ class Model(abc.ABC):
         """(loss, z-loss, whether the prediction is right) of each target, float32 `[B, L]`."""
         targets = jnp.maximum(as_ids(batch[self.TARGETS]) - self.token_offset, 0)
         loss, z = cross_entropy(logits, targets, self.label_smoothing, self.z_loss)
-        return loss, z, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        return loss, z, predicted(logits, targets)
 
     def _distance(self, logits: Array, other: Array) -> Array:
         """How far apart the predictions of two passes are, for each target."""

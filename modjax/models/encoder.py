@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from modjax.losses import cross_entropy
+from modjax.losses import cross_entropy, predicted
 from modjax.models.base import Array, Batch, Model, Shapes, as_ids
 
 
@@ -93,7 +93,7 @@ class EncoderModel(Model):
             return error, jnp.zeros_like(error), jnp.zeros_like(error)
         labels = jnp.maximum(as_ids(batch["labels"]) - 1, 0)
         loss, z = cross_entropy(logits[:, None], labels, self.label_smoothing, self.z_loss)
-        return loss, z, (jnp.argmax(logits, axis=-1)[:, None] == labels).astype(jnp.float32)
+        return loss, z, predicted(logits[:, None], labels)
 
     def _distance(self, logits: Array, other: Array) -> Array:
         if self.num_outputs == 1:
