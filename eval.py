@@ -52,7 +52,7 @@ def evaluate(
     choice_scores: str = "sum",
     use_cached_tasks: bool = False,
     compare_with: Sequence[str] = (),
-    model_parallel: int = 1,
+    partitioner: partitioning.Partitioner = partitioning.Partitioner(),  # noqa: B008
     write_report: bool = True,
     operative_config: Callable[[], str] = str,
 ) -> list[dict[str, Any]]:
@@ -81,6 +81,7 @@ def evaluate(
       choice_scores: how the answers of datasets with choices are compared: by their log probability
         ("sum"), or by that per token ("mean").
       compare_with: folders of earlier evaluations whose results join the report.
+      partitioner: how the devices are used; any serves, whichever the run was trained with.
 
     Raises:
       CheckpointError: damaged, or of another method or base.
@@ -93,7 +94,7 @@ def evaluate(
     first = jax.process_index() == 0
     config = operative_config()
     launch.import_tasks(mixture_or_task_module)
-    mesh = partitioning.make_mesh(model_parallel)
+    mesh = partitioner.mesh()
     partitioning.check_batch(batch_size, mesh)
     checkpoints.check_writable(eval_output_dir)
     tasks = registry.tasks_of(mixture_or_task_name)
@@ -118,7 +119,7 @@ def evaluate(
         )
         space = FeatureSpace.from_json(metadata["space"])
     del weights  # which the parameters may be a smaller copy of
-    params = jax.device_put(params, partitioning.replicated(mesh))
+    params = initialize.place(model, params, mesh, partitioner)
 
     trained_on = metadata["mixture"] if train_mixture is None else train_mixture
     if not trained_on:
@@ -137,10 +138,10 @@ def evaluate(
     )
     choose = None
     if not isinstance(model, models.EncoderModel):
-        scorer = predict.scorer(model, params, mesh)
+        scorer = predict.scorer(model, params, mesh, partitioner.all_rules)
         choose = functools.partial(choices.choose, model, scorer, summary=choice_scores)
     found = runner.evaluate(
-        predict.predictor(model, params, mesh, seed=random_seed),
+        predict.predictor(model, params, mesh, seed=random_seed, rules=partitioner.all_rules),
         examples,
         settings,
         method=method or metadata["name"] or "unnamed",

@@ -61,7 +61,7 @@ def train(
     on_too_long: str = "count",
     base_dtype: str | None = None,
     microbatches: int = 1,
-    model_parallel: int = 1,
+    partitioner: partitioning.Partitioner = partitioning.Partitioner(),  # noqa: B008
     log_period: int = 100,
     checkpoint_period: int = 1000,
     checkpoint_start: bool = False,
@@ -97,7 +97,7 @@ def train(
       base_dtype: precision that the frozen base is kept in: "float32", "bfloat16" or "int8" (see
         `modjax.quantization`); None for that of its files.
       microbatches: parts that a batch is computed in, one after the other.
-      model_parallel: devices that share a copy of the parameters.
+      partitioner: how the devices are used; a resumed run may use others, and otherwise.
       checkpoint_start: save the start of the run, too, as step 0.
       eval_period, eval_steps: every so many steps, loss and accuracy on so many batches of each
         task of `eval_mixture` (default: the mixture trained on) and `eval_split`; 0 for never.
@@ -119,7 +119,7 @@ def train(
         initial_checkpoint_path = None  # it was the base that was meant
     first = jax.process_index() == 0
     launch.import_tasks(mixture_or_task_module)
-    mesh = partitioning.make_mesh(model_parallel)
+    mesh = partitioner.mesh()
     partitioning.check_batch(batch_size, mesh, microbatches)
     checkpoints.check_writable(model_dir)
     start.check(initial_checkpoint_path, model.adapted is not None)
@@ -144,7 +144,7 @@ def train(
     if pack and max_segments is None:
         max_segments = converters.default_max_segments(task_feature_lengths)
     batch = model.example_batch(task_feature_lengths, space, max_segments if pack else None)
-    layout = initialize.layout(model, batch, optimizer.groups)
+    layout = initialize.layout(model, batch, optimizer.groups, partitioner)
     for task in registry.tasks_of(mixture_or_task_name):
         checks.check_vocabularies(task, model)
     names = () if model.adapted is None else model.adapted.names
@@ -195,6 +195,7 @@ def train(
         microbatches,
         layout.rates,
         layout.lazy,
+        partitioner.all_rules,
     )
     state = trainer.init_state(trained, random_seed)
     frozen = partitioning.place(frozen, trainer.frozen_sharding)

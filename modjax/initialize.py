@@ -68,11 +68,16 @@ class Layout:
     lazy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Group] = ()) -> Layout:
+def layout(
+    model: Any,
+    batch: Mapping[str, Any],
+    groups: Sequence[optimizers.Group] = (),
+    partitioner: partitioning.Partitioner = partitioning.Partitioner(),  # noqa: B008
+) -> Layout:
     """The shapes of a model's parameters, divided by the optimizer's groups; computes nothing.
 
     Raises:
-      ValueError: rules or groups that do not fit the network.
+      ValueError: adapters' rules, groups or the partitioner's rules that do not fit the network.
     """
     variables = jax.eval_shape(model.init, jax.random.key(0), batch)
     params, named = variables["params"], variables.get("params_axes", {})
@@ -85,9 +90,12 @@ def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Gro
         paths = list(traverse_util.flatten_dict(added, sep="/"))
         added_axes = adapters.logical_axes(added, model.adapted, base, named)
         axes.update(traverse_util.flatten_dict(added_axes, sep="/"))
+        if partitioner.adapters == "replicated":
+            axes.update({path: (None,) * len(axes[path]) for path in paths})
         nested = adapters.update_rates(added, model.adapted)
         rates = traverse_util.flatten_dict(nested or {}, sep="/")
         lazy = adapters.lazy_parts(added, model.adapted)
+    partitioner.check(axes)
     trained, frozen = optimizers.select(params, groups, paths)
     resting = [p for p in traverse_util.flatten_dict(frozen, sep="/") if p in set(paths)]
     if resting:
@@ -96,6 +104,18 @@ def layout(model: Any, batch: Mapping[str, Any], groups: Sequence[optimizers.Gro
             "give their module learning_rate 0 instead"
         )
     return Layout(trained, frozen, axes, rates, lazy)
+
+
+def place(model: Any, params: Tree, mesh: Any, partitioner: partitioning.Partitioner) -> Tree:
+    """All parameters of a model, host arrays, on the devices of a mesh."""
+    batch = model.example_batch({"inputs": 1, "targets": 1}, _space(model))
+    axes = layout(model, batch, partitioner=partitioner).axes
+    homes = partitioning.shardings(params, axes, mesh, partitioner.all_rules)
+    return partitioning.place(params, homes)
+
+
+def _space(model: Any) -> FeatureSpace:
+    return FeatureSpace((), ()) if model.adapted is None else model.adapted.space
 
 
 def factors(

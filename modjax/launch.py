@@ -31,6 +31,7 @@ _IMPORTS = {
     "launch": "from modjax import launch",
     "models": "from modjax import models",
     "optimizers": "from modjax import optimizers",
+    "partitioning": "from modjax import partitioning",
     "t5": "from modjax.networks import t5",
 }
 _HINTS = {

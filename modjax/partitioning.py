@@ -1,14 +1,20 @@
-"""Where arrays live: a device mesh with the axes "data" and "model", and the rules that place
-parameters on it.
+"""Where arrays live: a device mesh with the axes "data", "fsdp" and "model", and the rules that place
+arrays on it.
 
-Parameters name their dimensions by logical axes ("embed", "mlp", ...); `RULES` says which mesh axis
-each is divided over. A batch is divided over "data". Adapters carry the names of the kernel they
-adapt, so they follow it.
+A batch is divided over "data" and "fsdp". Parameters and activations name their dimensions by logical
+axes ("embed", "mlp", ...); rules say over which mesh axes each is divided. Over "model" both are, so
+that a layer's work is shared; over "fsdp" parameters only, to be gathered where they are used. Adapters
+carry the names of the kernel they adapt, so they follow it, unless they are to be whole everywhere.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
@@ -16,38 +22,115 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax import errors
 
-Rules = Sequence[tuple[str, str | None]]
+MESH_AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
 
+Axis = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, Axis]]
+
+# As in T5X the first rule of a name that fits is taken; "embed" of an activation, for one, cannot be divided
+# over "fsdp", which its batch is.
 RULES: Rules = (
-    ("batch", "data"),
+    ("batch", BATCH_AXES),
+    ("lookup", "data"),  # rows that were looked up in a table whose width is divided
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),
     ("joined_kv", "model"),
     ("kv", None),
-    ("embed", None),
+    ("embed", "fsdp"),
     ("relpos_buckets", None),
     ("layers", None),
     ("length", None),
     ("rank", None),
     ("module", None),
 )
+ADAPTERS = ("sharded", "replicated")
 
 
-def make_mesh(model_parallel: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh ("data", "model") of all devices of all processes, `model_parallel` of them along
-    "model".
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+    """How a job uses its devices.
+
+    Attributes:
+      fsdp: devices that share one copy of the frozen base (and of all that follows it) and have rows of
+        their own.
+      model: devices that share rows, too, each doing a part of every layer's work.
+      adapters: "sharded" as the kernels they adapt, or "replicated" on every device.
+      rules: (logical axis, mesh axis, several of them, or None) that come before `RULES`.
+
+    What `fsdp * model` leaves of the devices is the axis "data".
+    """
+
+    fsdp: int = 1
+    model: int = 1
+    adapters: str = "sharded"
+    rules: Rules = ()
+
+    def __post_init__(self) -> None:
+        if self.adapters not in ADAPTERS:
+            raise ValueError(
+                f"Partitioner.adapters: unknown {self.adapters!r}."
+                + errors.nearest(self.adapters, ADAPTERS)
+            )
+        for rule in self.rules:
+            if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
+                raise ValueError(
+                    f"Partitioner.rules: {rule!r} is no pair (logical axis, mesh axis or None)."
+                )
+            for axis in _axes(rule[1]):
+                if axis not in MESH_AXES:
+                    raise ValueError(
+                        f"Partitioner.rules: {tuple(rule)} names no axis of the mesh."
+                        + errors.nearest(str(axis), MESH_AXES)
+                    )
+
+    @property
+    def all_rules(self) -> Rules:
+        """The job's own rules, then the usual ones."""
+        return (*((str(name), _as_axis(axis)) for name, axis in self.rules), *RULES)
+
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The job's mesh, of all devices unless given. Raises as `make_mesh`."""
+        return make_mesh(self.model, devices, self.fsdp)
+
+    def check(self, axes: Mapping[str, Sequence[str | None]]) -> None:
+        """Raises a ValueError where a rule is for a logical axis that neither a parameter of `axes` (names by
+        path) nor an activation has.
+        """
+        known = {name for names in axes.values() for name in names if name is not None}
+        known |= {name for name, _ in RULES}
+        for name, _ in self.rules:
+            if name not in known:
+                raise ValueError(
+                    f"Partitioner.rules: nothing has the logical axis {name!r}."
+                    + errors.nearest(str(name), sorted(known))
+                )
+
+
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh ("data", "fsdp", "model") of all devices of all processes, `model` of them along "model" and
+    `fsdp` along "fsdp".
 
     Raises:
       ValueError: if the devices cannot be divided so.
     """
     devices = jax.devices() if devices is None else devices
-    if model_parallel < 1 or len(devices) % model_parallel:
+    if model < 1 or fsdp < 1 or len(devices) % (model * fsdp):
         raise ValueError(
-            f"{len(devices)} devices cannot be divided in groups of model_parallel={model_parallel}"
+            f"{len(devices)} devices cannot be divided in groups of fsdp={fsdp} times model={model}: "
+            "their product must divide the number of devices"
         )
-    grid = np.asarray(devices).reshape(-1, model_parallel)
-    return Mesh(grid, ("data", "model"))
+    return Mesh(np.asarray(devices).reshape(-1, fsdp, model), MESH_AXES)
+
+
+def _axes(axis: Any) -> tuple[str, ...]:
+    """The mesh axes of a rule."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def _as_axis(axis: Any) -> Axis:
+    return axis if axis is None or isinstance(axis, str) else tuple(axis)
 
 
 def spec(
@@ -55,24 +138,69 @@ def spec(
 ) -> PartitionSpec:
     """The partition of one array by the logical names of its dimensions.
 
-    A dimension stays whole where its mesh axis is already used by an earlier dimension or does not
-    divide it.
+    The first rule of a name is taken whose mesh axes are not used by an earlier dimension and divide this one;
+    without any the dimension stays whole. Vectors are not divided over "fsdp", which is there to save memory:
+    what they take is not worth a gather.
 
     Raises:
       ValueError: a name without a rule, or not one name per dimension.
     """
     if len(names) != len(shape):
         raise ValueError(f"{len(names)} axis names {tuple(names)} for an array of shape {shape}")
-    table = dict(rules)
-    axes: list[str | None] = []
+    long = [n for n, size in zip(names, shape, strict=True) if n != "layers" and size > 1]
+    taken = set() if len(long) > 1 else {"fsdp"}
+    parts: list[Axis] = []
     for name, size in zip(names, shape, strict=True):
-        if name is not None and name not in table:
-            raise ValueError(f"no rule for the logical axis {name!r}.{errors.nearest(name, table)}")
-        axis = table.get(name) if name is not None else None
-        if axis is not None and (axis in axes or size % mesh.shape[axis]):
-            axis = None
-        axes.append(axis)
-    return PartitionSpec(*axes)
+        options = [axis for key, axis in rules if key == name]
+        if name is not None and not options:
+            known = [key for key, _ in rules]
+            raise ValueError(
+                f"no rule for the logical axis {name!r} (Partitioner.rules may add one)."
+                + errors.nearest(name, known)
+            )
+        part: Axis = None
+        for axis in options:
+            mine = _axes(axis)
+            if not taken & set(mine) and size % math.prod(mesh.shape[a] for a in mine) == 0:
+                part = axis
+                taken |= set(mine)
+                break
+        parts.append(part)
+    return PartitionSpec(*parts)
+
+
+# The mesh and rules of the step that is being traced.
+_IN_FORCE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
+    "rules in force", default=None
+)
+
+
+@contextlib.contextmanager
+def in_force(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
+    """Makes `constrain` place activations on a mesh. To be entered inside a jitted function, for it is no part
+    of jit's cache key.
+    """
+    token = _IN_FORCE.set(None if mesh is None else (mesh, rules))
+    try:
+        yield
+    finally:
+        _IN_FORCE.reset(token)
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """An activation, placed by the rules in force; a dimension that they cannot divide stays whole.
+
+    Not Flax's `with_logical_constraint`, which fails there, and whose rules would constrain parameters too. It is
+    used where nothing of ours is in force: T5X sets its rules, and where it has none for a name, x is left alone.
+    """
+    found = _IN_FORCE.get()
+    if found is None:
+        known = {name for name, _ in nn.get_logical_axis_rules()} | {None}
+        return nn.with_logical_constraint(x, tuple(names)) if known >= set(names) else x
+    mesh, rules = found
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, spec(names, x.shape, mesh, rules))
+    )
 
 
 def flat_axes(params_axes: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
@@ -142,15 +270,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows(mesh: Mesh) -> NamedSharding:
+    """Arrays whose first dimension is a batch's."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """In how many parts a batch is divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raises a ValueError where a global batch cannot be divided over the mesh, the processes and
     the microbatches.
     """
-    share = mesh.shape["data"] * microbatches
+    share = row_shards(mesh) * microbatches
     if batch_size < 1 or microbatches < 1 or batch_size % share:
         raise ValueError(
             f"the batch of {batch_size} does not divide into {microbatches} microbatches over "
-            f"{mesh.shape['data']} data-parallel devices: use a multiple of {share}"
+            f"{row_shards(mesh)} data-parallel devices (data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']}): use a multiple of {share}"
         )
     if batch_size % jax.process_count():
         raise ValueError(
@@ -162,11 +301,11 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     """Puts this process's rows [B / processes, ...] on its devices; the result is the global batch
     [B, ...].
     """
-    home = NamedSharding(mesh, PartitionSpec("data"))
+    home = rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), home)
     return {
-        name: jax.make_array_from_process_local_data(home, rows) for name, rows in batch.items()
+        name: jax.make_array_from_process_local_data(home, values) for name, values in batch.items()
     }
 
 

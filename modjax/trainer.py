@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from modjax import optimizers, partitioning
 
@@ -107,7 +107,7 @@ def train_step(
 
     Args:
       factors: {path: what the update of that parameter is multiplied by}.
-      stop: int32 [data shards], 1 where a process was asked to stop; its maximum comes back, so
+      stop: int32 [row shards], 1 where a process was asked to stop; its maximum comes back, so
         that all agree.
 
     Returns:
@@ -146,6 +146,7 @@ class Trainer:
       rates: nested dict of factors on the updates of some trained parameters, broadcast to their
         shapes; where a factor is 0, the parameter is frozen.
       lazy: parameters whose modules rest in a step that does not use them, see `modjax.resting`.
+      rules: what the names of `axes`, and those of activations, mean on the mesh.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Trainer:
         microbatches: int = 1,
         rates: Mapping[str, Any] | None = None,
         lazy: Mapping[str, Any] | None = None,
+        rules: partitioning.Rules = partitioning.RULES,
     ):
         self.mesh = mesh
         self.microbatches = microbatches
@@ -167,8 +169,8 @@ class Trainer:
         factors = traverse_util.flatten_dict(dict(rates or {}), sep="/")
         factors = {path: factor for path, factor in factors.items() if path in mine}
         whole = partitioning.replicated(mesh)
-        rows = NamedSharding(mesh, PartitionSpec("data"))
-        homes = partitioning.shardings(trained, axes or {}, mesh)
+        rows = partitioning.rows(mesh)
+        homes = partitioning.shardings(trained, axes or {}, mesh, rules)
         opt_shapes = jax.eval_shape(self.transform.init, trained)
         self.state_sharding = TrainState(
             step=whole,  # type: ignore[arg-type]
@@ -176,15 +178,16 @@ class Trainer:
             opt_state=partitioning.like_params(opt_shapes, trained, homes, mesh),
             rng=whole,  # type: ignore[arg-type]
         )
-        self.frozen_sharding = partitioning.shardings(frozen, axes or {}, mesh)
+        self.frozen_sharding = partitioning.shardings(frozen, axes or {}, mesh, rules)
 
         def step(state: TrainState, frozen: Any, batch: Batch, stop: jax.Array) -> Any:
-            return train_step(
-                model, optimizer, self.transform, microbatches, factors, state, frozen, batch, stop
-            )
+            fixed = (model, optimizer, self.transform, microbatches, factors)
+            with partitioning.in_force(mesh, rules):
+                return train_step(*fixed, state, frozen, batch, stop)
 
         def evaluate(trained: Any, frozen: Any, batch: Batch) -> Sums:
-            return model.loss_sums(optimizers.combine(trained, frozen), batch, None)[1]
+            with partitioning.in_force(mesh, rules):
+                return model.loss_sums(optimizers.combine(trained, frozen), batch, None)[1]
 
         self.train_step = jax.jit(
             step,

@@ -9,20 +9,56 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from modjax import adapters, initialize, models, partitioning
 
-MESH = AbstractMesh((4, 2), ("data", "model"))
+MESH = AbstractMesh((2, 2, 2), partitioning.MESH_AXES)
 
 
 def test_parameters_are_divided_by_the_names_of_their_dimensions():
-    assert partitioning.spec(("embed", "mlp"), (8, 16), MESH) == PartitionSpec(None, "model")
-    assert partitioning.spec((None, "rank"), (8, 16), MESH) == PartitionSpec(None, None)
+    spec = partitioning.spec
+    assert spec(("embed", "mlp"), (8, 16), MESH) == PartitionSpec("fsdp", "model")
+    assert spec((None, "rank"), (8, 16), MESH) == PartitionSpec(None, None)
     # One mesh axis divides one dimension only, and only evenly.
-    assert partitioning.spec(("vocab", "mlp"), (8, 16), MESH) == PartitionSpec("model", None)
-    assert partitioning.spec(("vocab", "mlp"), (7, 16), MESH) == PartitionSpec(None, "model")
+    assert spec(("vocab", "mlp"), (8, 16), MESH) == PartitionSpec("model", None)
+    assert spec(("vocab", "mlp"), (7, 16), MESH) == PartitionSpec(None, "model")
+    # Rows take both axes that divide them, so that an activation's width keeps none.
+    activation = (("batch", "length", "embed"), (8, 3, 16))
+    assert spec(*activation, MESH) == PartitionSpec(("data", "fsdp"), None, None)
+    # A vector is not worth a gather.
+    assert spec(("layers", "embed"), (3, 16), MESH) == PartitionSpec(None, None)
+    assert spec(("mlp",), (16,), MESH) == PartitionSpec("model")
+
+
+def test_a_jobs_own_rules_come_before_the_usual_ones():
+    rules = [["length", "model"], ["embed", ["fsdp", "model"]], ["embed", "model"], ["mlp", None]]
+    partitioner = partitioning.Partitioner(2, 2, rules=rules)
+    names = ("batch", "length", "embed")
+
+    def spec(names, shape):
+        return partitioning.spec(names, shape, MESH, partitioner.all_rules)
+
+    assert spec(names, (8, 4, 16)) == PartitionSpec(("data", "fsdp"), "model", None)
+    assert spec(names, (8, 3, 16)) == PartitionSpec(("data", "fsdp"), None, "model")
+    assert spec(("embed", "mlp"), (8, 16)) == PartitionSpec(("fsdp", "model"), None)
+    assert spec(("embed", "mlp"), (6, 16)) == PartitionSpec("model", None)
+    partitioner.check({"kernel": ("embed", "mlp")})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapters": "replicate"}, "adapters: unknown 'replicate'. Did you mean 'replicated'"),
+        ({"rules": ["embed"]}, "rules: 'embed' is no pair"),
+        ({"rules": [("embed", "fdsp")]}, "names no axis of the mesh. Did you mean 'fsdp'"),
+        ({"rules": [("embd", None)]}, "nothing has the logical axis 'embd'. Did you mean 'embed'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        partitioning.Partitioner(**settings).check({"kernel": ("embed", "mlp")})
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(("embed", "mpl"), "axis 'mpl'. Did you mean 'mlp'"), (("embed",), "1 axis names")],
+    [(("embed", "mpl"), "'mpl' .*may add one.*Did you mean 'mlp'"), (("embed",), "1 axis names")],
 )
 def test_unknown_axis_names_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
@@ -36,19 +72,20 @@ def test_a_networks_axes_are_read_by_path():
     mesh = partitioning.make_mesh(1, jax.devices()[:1])
     tree = {"encoder": {"query": {"kernel": np.ones((4, 6)), "bias": np.ones(6)}}}
     homes = partitioning.shardings(tree, axes, mesh)
-    assert homes["encoder"]["query"]["kernel"].spec == PartitionSpec(None, "model")
+    assert homes["encoder"]["query"]["kernel"].spec == PartitionSpec("fsdp", "model")
     assert homes["encoder"]["query"]["bias"].spec == PartitionSpec()
     with pytest.raises(ValueError, match="parameter encoder/query/kernel: 3 axis names"):
         partitioning.shardings(tree, {"encoder/query/kernel": ("a", "b", "c")}, mesh)
 
 
 def test_devices_that_do_not_divide_are_refused():
-    with pytest.raises(
-        ValueError, match="1 devices cannot be divided in groups of model_parallel=2"
-    ):
-        partitioning.make_mesh(2, jax.devices()[:1])
-    with pytest.raises(ValueError, match="model_parallel=0"):
+    six = [jax.devices()[0]] * 6
+    with pytest.raises(ValueError, match="6 devices cannot be .* fsdp=3 times model=4: their prod"):
+        partitioning.Partitioner(fsdp=3, model=4).mesh(six)
+    with pytest.raises(ValueError, match="fsdp=1 times model=0"):
         partitioning.make_mesh(0)
+    with pytest.raises(ValueError, match="fsdp=-1 times model=1"):
+        partitioning.make_mesh(1, six, fsdp=-1)
 
 
 @pytest.mark.parametrize(

@@ -368,12 +368,14 @@ def test_two_devices_share_an_int8_base_and_train_as_one():
     script = TESTS / "testdata" / "quantized_on_two.py"
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    one, two = (json.loads(line) for line in done.stdout.splitlines())
+    one, two, stored = (json.loads(line) for line in done.stdout.splitlines())
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(stored["losses"], one["losses"], rtol=1e-5)
     assert one["losses"][2] < one["losses"][0]
     names = ("values", "rest", "scale", "rows")
     assert [one[n] for n in names] == [[2, 16, 32], [2, 2, 32], [2, 1, 32], [40, 1]]
     assert [two[n] for n in names] == [[2, 16, 16], [2, 2, 16], [2, 1, 16], [20, 1]]
+    assert [stored[n] for n in names] == [[2, 8, 32], [2, 1, 32], [2, 1, 32], [40, 1]]
 
 
 # Every method.

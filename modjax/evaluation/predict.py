@@ -22,7 +22,13 @@ IN_FLIGHT = 2
 
 
 def predictor(
-    model: Any, params: Any, mesh: Mesh | None = None, *, seed: int = 0, **options: Any
+    model: Any,
+    params: Any,
+    mesh: Mesh | None = None,
+    *,
+    seed: int = 0,
+    rules: partitioning.Rules = partitioning.RULES,
+    **options: Any,
 ) -> PredictFn:
     """A model's `predict_batch`, compiled once per shape.
 
@@ -31,14 +37,17 @@ def predictor(
       params: of base and adapters, on the devices of the mesh if there is one.
       mesh: over which batches are divided; None for one device.
       seed: of sampling; every batch draws anew.
+      rules: of the mesh, see `partitioning.Partitioner`.
       **options: for `predict_batch`, as `decoder="beam"`, `num_decodes=4`.
     """
     # Every process gets the tokens of all rows, so that nothing has to be gathered afterwards.
     out = None if mesh is None else partitioning.replicated(mesh)
-    step = jax.jit(
-        lambda params, batch, rng: model.predict_batch(params, batch, rng, **options),
-        out_shardings=out,
-    )
+
+    def compute(params: Any, batch: Any, rng: jax.Array) -> jax.Array:
+        with partitioning.in_force(mesh, rules):
+            return model.predict_batch(params, batch, rng, **options)
+
+    step = jax.jit(compute, out_shardings=out)
     calls = 0
 
     def predict(batch: Batch) -> jax.Array:
@@ -52,10 +61,20 @@ def predictor(
     return predict
 
 
-def scorer(model: Any, params: Any, mesh: Mesh | None = None) -> PredictFn:
+def scorer(
+    model: Any,
+    params: Any,
+    mesh: Mesh | None = None,
+    rules: partitioning.Rules = partitioning.RULES,
+) -> PredictFn:
     """A model's `score_batch`, compiled once per shape; arguments as in `predictor`."""
     out = None if mesh is None else partitioning.replicated(mesh)
-    step = jax.jit(model.score_batch, out_shardings=out)
+
+    def compute(params: Any, batch: Any) -> jax.Array:
+        with partitioning.in_force(mesh, rules):
+            return model.score_batch(params, batch)
+
+    step = jax.jit(compute, out_shardings=out)
 
     def score(batch: Batch) -> jax.Array:
         return step(params, batch if mesh is None else partitioning.place_batch(batch, mesh))

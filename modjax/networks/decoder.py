@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from modjax import partitioning
 from modjax.networks import configuration, layers
 from modjax.networks.decoder_attention import GroupedAttention, Slots, soft_cap
 from modjax.networks.rope import Rope
@@ -148,7 +149,7 @@ class Layer(nn.Module):
           own: this layer's window, and which rope table it uses.
         """
         cfg, step = self.config, self.step
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = partitioning.constrain(x, ("batch", "length", "embed"))
         mask, distance, tables = seen
         window, table = own
         if distance is not None:
@@ -187,7 +188,7 @@ class Layer(nn.Module):
             name="mlp",
         )
         x = add(mlp(y), "mlp")
-        return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
+        return partitioning.constrain(x, ("batch", "length", "embed")), None
 
 
 class Decoder(nn.Module):
@@ -232,7 +233,8 @@ class Decoder(nn.Module):
         x = _norm(cfg, "decoder_norm")(x)
         if cfg.logits_via_embedding:
             return x
-        return layers.Dense(cfg.vocab_size, ("embed", "vocab"), "float32", name="logits_dense")(x)
+        dense = layers.Dense(cfg.vocab_size, ("embed", "vocab"), "float32", name="logits_dense")
+        return dense(x)
 
 
 class Transformer(nn.Module):
@@ -323,6 +325,7 @@ class Transformer(nn.Module):
         step = layers.Step(not enable_dropout, decode, max_decode_length)
         y = self.decoder(x, mask[:, None], (here, there), index, step)
         logits = self.token_embedder.attend(y, scaled=False) if cfg.logits_via_embedding else y
+        logits = partitioning.constrain(logits, ("batch", None, "vocab"))
         return soft_cap(logits, cfg.logits_softcap)
 
 

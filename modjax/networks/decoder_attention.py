@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from modjax import partitioning
 from modjax.networks import layers
 from modjax.networks.rope import rotate
 
@@ -63,7 +64,7 @@ class GroupedAttention(nn.Module):
                 use_bias=self.qkv_bias,
                 name=name,
             )
-            return dense(x).reshape(batch, length, heads, self.head_dim)
+            return layers.split_heads(dense(x), heads)
 
         def place(heads: Array, name: str) -> Array:
             if self.head_norm is not None:
@@ -82,6 +83,7 @@ class GroupedAttention(nn.Module):
                 cached.value = jax.lax.dynamic_update_slice_in_dim(
                     cached.value, heads.astype(cached.value.dtype), index, axis=3
                 )
+            cached.value = partitioning.constrain(cached.value, layers.CACHE_AXES)
             return cached.value
 
         query = place(project("query", self.num_heads), "query")

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from modjax import partitioning
 from modjax.networks import configuration, layers
 from modjax.networks.stacking import stack
 
@@ -103,7 +104,7 @@ class SelfAttention(nn.Module):
             dense = layers.Dense(
                 joined, ("embed", "joined_kv"), cfg.dtype, use_bias=True, name=name
             )
-            return dense(x).reshape(batch, length, cfg.num_heads, cfg.head_dim)
+            return layers.split_heads(dense(x), cfg.num_heads)
 
         query, key, value = project("query"), project("key"), project("value")
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
@@ -126,7 +127,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> tuple[Array, None]:
         cfg, deterministic = self.config, self.deterministic
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = partitioning.constrain(x, ("batch", "length", "embed"))
 
         def add(block: Array, to: Array, norm: str) -> Array:
             block = nn.Dropout(cfg.dropout_rate)(block, deterministic=deterministic)
@@ -143,7 +144,7 @@ class Layer(nn.Module):
             name="mlp",
         )
         x = add(mlp(x), x, "mlp_norm")
-        return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
+        return partitioning.constrain(x, ("batch", "length", "embed")), None
 
 
 class Encoder(nn.Module):

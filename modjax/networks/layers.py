@@ -6,6 +6,7 @@ Parameter names and logical axes are T5X's. Shapes: `B` batch, `Q` query and `L`
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.partitioning import param_with_axes
 
-from modjax import quantization
+from modjax import partitioning, quantization
 
 Array = jax.Array
 
@@ -25,6 +26,7 @@ ACTIVATIONS = {
     "linear": lambda x: x,
 }
 MASKED = -1e10
+CACHE_AXES = ("batch", "heads", "kv", None)
 
 
 class Dense(nn.Module):
@@ -101,7 +103,11 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens: Array) -> Array:
-        return quantization.rows(self.embedding, tokens, self.dtype)
+        # Each device looks up its part of the width for all rows that share the table, and then hands them out:
+        # otherwise the table would be gathered.
+        x = quantization.rows(self.embedding, tokens, self.dtype)
+        x = partitioning.constrain(x, ("lookup", "length", "embed"))
+        return partitioning.constrain(x, ("batch", "length", "embed"))
 
     def attend(self, x: Array, scaled: bool = True) -> Array:
         """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D) unless told otherwise."""
@@ -167,6 +173,12 @@ class Step:
     max_decode_length: int = 0
 
 
+def split_heads(x: Array, num_heads: int) -> Array:
+    """`[B, L, H * head_dim]` to `[B, L, H, head_dim]`, heads divided over the mesh as the rules in force say."""
+    heads = x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads)
+    return partitioning.constrain(heads, ("batch", None, "heads", "kv"))
+
+
 class Attention(nn.Module):
     """Multi-head attention without logit scaling (T5 folds it into the query's initial kernel).
 
@@ -190,7 +202,7 @@ class Attention(nn.Module):
 
         def project(name: str, source: Array, scale: float = 1.0) -> Array:
             dense = Dense(joined, ("embed", "joined_kv"), self.dtype, scale, name=name)
-            return dense(source).reshape(batch, -1, self.num_heads, self.head_dim)
+            return split_heads(dense(source), self.num_heads)
 
         def to_cache(heads: Array) -> Array:
             return jnp.transpose(heads, (0, 2, 3, 1))
@@ -218,6 +230,7 @@ class Attention(nn.Module):
                     cached.value = jax.lax.dynamic_update_slice_in_dim(
                         cached.value, new.astype(cached.value.dtype), index, axis=3
                     )
+                cached.value = partitioning.constrain(cached.value, CACHE_AXES)
                 caches.append(cached.value)
             key, value = caches
 
@@ -249,11 +262,12 @@ class MLP(nn.Module):
             return Dense(width, axes, self.dtype, use_bias=self.use_bias, name=name)
 
         gated = len(self.activations) > 1
-        hidden = None
+        hidden: Any = None
         for i, activation in enumerate(self.activations):
             name = f"wi_{i}" if gated else "wi"
             unit = ACTIVATIONS[activation](dense(self.mlp_dim, ("embed", "mlp"), name)(x))
             hidden = unit if hidden is None else hidden * unit
+        hidden = partitioning.constrain(hidden, ("batch", None, "mlp"))
         hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
             hidden, deterministic=self.deterministic
         )

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from modjax import partitioning
 from modjax.networks import configuration, layers
 from modjax.networks.stacking import stack
 
@@ -79,7 +80,7 @@ class Layer(nn.Module):
         self, x: Array, encoded: Array | None, masks: Any, bias: Array | None, positions: Any
     ) -> tuple[Array, None]:
         cfg, step = self.config, self.step
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = partitioning.constrain(x, ("batch", "length", "embed"))
         if bias is None:
             bias = _position_bias(cfg, self.decoder)(*positions)
         self_mask, cross_mask = masks
@@ -111,7 +112,7 @@ class Layer(nn.Module):
             name="mlp",
         )
         x = add(mlp(y), x)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
+        return partitioning.constrain(x, ("batch", "length", "embed")), None
 
 
 class Stack(nn.Module):
@@ -231,9 +232,9 @@ class Transformer(nn.Module):
             (query_positions, key_positions),
             layers.Step(not enable_dropout, decode, max_decode_length),
         )
-        if self.config.logits_via_embedding:
-            return self.token_embedder.attend(y)
-        return self.decoder.logits(y)
+        tied = self.config.logits_via_embedding
+        logits = self.token_embedder.attend(y) if tied else self.decoder.logits(y)
+        return partitioning.constrain(logits, ("batch", None, "vocab"))
 
     def __call__(
         self,

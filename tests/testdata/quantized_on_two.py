@@ -1,4 +1,4 @@
-"""One training step on an int8 base, on one device and on two that share the parameters; prints what came of each."""
+"""Steps on an int8 base: on one device, on two that share the work, on two that share the base; prints what came."""
 
 import json
 
@@ -29,8 +29,8 @@ params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
 trained, base = jax.device_get(adapters.split(params, model.adapted))
 frozen = quantization.quantize(base)
 
-for count in (1, 2):
-    mesh = partitioning.make_mesh(count, jax.devices()[:count])
+for fsdp, share in ((1, 1), (1, 2), (2, 1)):
+    mesh = partitioning.make_mesh(share, jax.devices()[: fsdp * share], fsdp)
     optimizer = optimizers.Optimizer(learning_rate=0.01)
     trainer = Trainer(model, optimizer, mesh, trained, frozen, layout.axes)
     placed = partitioning.place(frozen, trainer.frozen_sharding)
@@ -38,7 +38,7 @@ for count in (1, 2):
     losses = []
     for _ in range(3):
         rows = partitioning.place_batch(batch, mesh)
-        state, scalars = trainer.train_step(state, placed, rows, np.zeros(1, np.int32))
+        state, scalars = trainer.train_step(state, placed, rows, np.zeros(fsdp, np.int32))
         losses.append(float(scalars["loss"]))
     kernel = placed["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
     parts = {

@@ -45,10 +45,10 @@ if mode == "model_parallel":
     options |= {"model_parallel": 2, "microbatches": 2, "axes": AXES}
 made, state, frozen, _ = make(**options)
 if mode == "model_parallel":
-    assert frozen["base"]["kernel"].sharding.spec == jax.P(None, "model")
-    assert state.trained["adapter"]["kernel"].sharding.spec == jax.P("model", None)
+    assert frozen["base"]["kernel"].sharding.spec == jax.P("fsdp", "model")
+    assert state.trained["adapter"]["kernel"].sharding.spec == jax.P("model", "fsdp")
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (16, 4)]
-    assert len(moments) == 2 and all(x.sharding.spec == jax.P("model", None) for x in moments)
+    assert len(moments) == 2 and all(x.sharding.spec == jax.P("model", "fsdp") for x in moments)
 batches = Batches()
 name = folder
 if mode == "asked_to_stop":
