@@ -1,0 +1,203 @@
+"""The reference setting of the speed benchmarks: a T5 of 60.5 million random weights, and a step of each method.
+
+Width 512, 6 + 6 layers, 8 heads, relu feed-forward of 2048, vocabulary of 32128 with tied output layer; 8 examples of
+64 input and 64 target tokens, float32, no dropout. Adapters of rank 8 on queries and values, trained by AdamW. FLix
+gives each feature value a rank of 4, two of which are active.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from modjax import adapters, initialize, optimizers, partitioning, trainer
+from modjax.features import FeatureSpace
+from modjax.models import EncoderDecoderModel
+from modjax.networks import t5
+
+CONFIG = t5.T5Config(
+    vocab_size=32128,
+    emb_dim=512,
+    num_heads=8,
+    head_dim=64,
+    mlp_dim=2048,
+    num_encoder_layers=6,
+    num_decoder_layers=6,
+    mlp_activations=("relu",),
+    logits_via_embedding=True,
+)
+BATCH, LENGTH, RANK, SKILLS = 8, 64, 8, 8
+SITES = r".*attention/(query|value)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is trained.
+
+    Attributes:
+      bank: what is attached, or None for the network alone.
+      router: who uses it.
+      languages: values of the second feature; the first one has four.
+      consistency: see `models.Model`.
+    """
+
+    bank: Any = None
+    router: Any = None
+    languages: int = 22
+    consistency: float = 0.0
+
+    @property
+    def module(self) -> Any:
+        """The network with the adapters."""
+        network = t5.Transformer(CONFIG)
+        if self.bank is None:
+            return network
+        rule = adapters.Rule(SITES, adapters.Mixture("adapter", self.bank, self.router))
+        return adapters.Adapted(network, (rule,))
+
+    @property
+    def space(self) -> FeatureSpace:
+        """Two features, and as many datasets as languages."""
+        languages = tuple(f"language{i}" for i in range(self.languages))
+        tasks = tuple(f"task{i}" for i in range(4))
+        datasets = tuple(f"dataset{i}" for i in range(self.languages))
+        return FeatureSpace((("task", tasks), ("language", languages)), datasets)
+
+
+_HALF = adapters.LowRank(RANK // 2)
+_SKILL = adapters.LowRank(RANK, alpha=1.0)
+METHODS: Mapping[str, Method] = {
+    "full": Method(),
+    "lora": Method(adapters.LowRank(RANK), adapters.Single()),
+    "flix_26": Method(_HALF, adapters.Features()),
+    "flix_500": Method(_HALF, adapters.Features(), languages=496),
+    "polytropon": Method(_SKILL, adapters.Skills(SKILLS)),
+    "poly_s": Method(_SKILL, adapters.Skills(SKILLS, heads=8)),
+    "adamix": Method(adapters.LowRank(RANK, share_up=True), adapters.Stochastic(SKILLS)),
+    "adamix_consistency": Method(
+        adapters.LowRank(RANK, share_up=True), adapters.Stochastic(SKILLS), consistency=1.0
+    ),
+}
+
+
+def batch(method: Method, seed: int = 0) -> dict[str, jax.Array]:
+    """Random tokens without padding, every row of another dataset."""
+    draw = np.random.default_rng(seed)
+    tokens = {
+        name: draw.integers(2, CONFIG.vocab_size, (BATCH, LENGTH), np.int32)
+        for name in ("encoder_input_tokens", "decoder_target_tokens")
+    }
+    targets = tokens["decoder_target_tokens"]
+    tokens["decoder_input_tokens"] = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    places = np.arange(BATCH)
+    features = np.stack([places % 4, places * 7 % method.languages], axis=1) + 1
+    tokens["features"] = features[:, None].astype(np.int32)
+    tokens["tasks"] = (places * 7 % method.languages + 1)[:, None].astype(np.int32)
+    return jax.tree.map(jnp.asarray, tokens)
+
+
+class Step:
+    """A method's training step, compiled; calling it does one and waits for it.
+
+    Attributes:
+      flops: floating point operations of the compiled program, by XLA's count.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        base: Mapping[str, Any] | None = None,
+        rows: Mapping[str, jax.Array] | None = None,
+        segments: int | None = None,
+    ):
+        model = EncoderDecoderModel(
+            method.module,
+            consistency=method.consistency,
+            loss_normalizing_factor="num_real_target_tokens",
+        ).with_space(method.space)
+        self.model = model
+        self._batch = batch(method) if rows is None else dict(rows)
+        optimizer = optimizers.Optimizer(learning_rate=1e-4)
+        layout = initialize.layout(model, self._batch, optimizer.groups)
+        mesh = partitioning.make_mesh(1, jax.devices()[:1])
+        self._trainer = trainer.Trainer(
+            model,
+            optimizer,
+            mesh,
+            layout.trained,
+            layout.frozen,
+            layout.axes,
+            rates=layout.rates,
+            lazy=layout.lazy,
+        )
+        if base is None:
+            base = initialize.host_init(model, self._batch, layout.frozen, 0)
+        own = initialize.host_init(model, self._batch, layout.trained, 0)
+        self.frozen = partitioning.place(
+            base if layout.frozen else {}, self._trainer.frozen_sharding
+        )
+        self._state = self._trainer.init_state(own, 0)
+        self._flag = jnp.zeros((1,), jnp.int32)
+        arguments = (self._state, self.frozen, self._batch, self._flag)
+        self._compiled = self._trainer.train_step.lower(*arguments).compile()
+        self.flops = float(self._compiled.cost_analysis()["flops"])
+
+    def feed(self, rows: Mapping[str, Any]) -> None:
+        """Takes another batch of the same shapes."""
+        self._batch = jax.tree.map(jnp.asarray, dict(rows))
+
+    def __call__(self) -> float:
+        """The step's loss, per target."""
+        self._state, sums = self._compiled(self._state, self.frozen, self._batch, self._flag)
+        return float(sums["loss"] / sums["weight"])
+
+
+def forward() -> tuple[Callable[[], float], float]:
+    """The frozen network's loss of a batch alone, and the operations of it."""
+    method = METHODS["full"]
+    model, rows = EncoderDecoderModel(method.module), batch(method)
+    params = jax.jit(model.init)(jax.random.key(0), rows)["params"]
+    compiled = jax.jit(lambda p, b: model.loss_fn(p, b, None)[0]).lower(params, rows).compile()
+    return lambda: float(compiled(params, rows)), float(compiled.cost_analysis()["flops"])
+
+
+def flops_on_paper(name: str) -> float:
+    """Floating point operations of the products of matrices in a step of a method, or of "forward".
+
+    A product of `[N, D]` and `[D, K]` is `2 N D K`. Backward, a frozen kernel's product costs as much again, for the
+    gradient of its input; a trained kernel's twice as much. The two products of attention cost twice as much backward.
+    In the first layers of adapted networks nothing below an adapter needs a gradient: no input's, and no key's.
+    Norms, softmax, the optimizer and all else that is not a product of matrices are left out.
+    """
+    cfg, tokens = CONFIG, BATCH * LENGTH
+    joined = cfg.num_heads * cfg.head_dim
+    layers = cfg.num_encoder_layers + cfg.num_decoder_layers
+    projection = tokens * cfg.emb_dim * joined
+    attentions = layers + cfg.num_decoder_layers
+    kernels = attentions * 4 * projection + layers * 2 * tokens * cfg.emb_dim * cfg.mlp_dim
+    kernels += tokens * cfg.emb_dim * cfg.vocab_size
+    product = tokens * LENGTH * joined  # of attention: queries with keys, weights with values
+    scores = attentions * 2 * product
+    if name == "forward":
+        return 2.0 * (kernels + scores)
+    if name == "full":
+        return 2.0 * (3 * kernels + 3 * scores)
+    # Encoder and decoder begin with a layer whose query, key and value need no gradient of their input.
+    base = 2 * kernels - 2 * 3 * projection + 3 * scores - 2 * product
+    method = METHODS[name]
+    modules = method.router.modules(method.space)
+    ranks = method.bank.ranks(modules)
+    down, up = sum(ranks), sum(ranks)
+    if name.startswith("adamix"):
+        down = up = RANK  # one module is drawn for the batch before it meets a token
+    width = cfg.emb_dim * down + up * joined
+    sites = 2 * attentions
+    # Forward, the gradients of both parts and of what they meet; the first layers' input needs none.
+    added = sites * tokens * 3 * width - 2 * 2 * tokens * cfg.emb_dim * down
+    if name.startswith("adamix"):  # the average over the bank, forward and backward
+        added += sites * 2 * SKILLS * RANK * cfg.emb_dim
+    passes = 2 if method.consistency else 1
+    return 2.0 * passes * (base + added)
