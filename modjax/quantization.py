@@ -119,6 +119,28 @@ def quantize(tree: Tree) -> dict[str, Any]:
     return traverse_util.unflatten_dict({**flat, **found}, sep="/")
 
 
+def shapes(tree: Tree) -> dict[str, Any]:
+    """The shapes of `quantize(tree)`, for a tree of shapes."""
+
+    def small(path: str, leaf: Any) -> Any:
+        if not _is_weight(path, leaf):
+            return leaf
+        axis = SHARED[path.rsplit("/", 1)[-1]] % leaf.ndim
+        long = {"values": leaf.shape[axis], "rest": -(-leaf.shape[axis] // 8), "scale": 1}
+        dtypes = {"values": np.int8, "rest": np.uint8, "scale": np.float32}
+        return Quantized(
+            **{
+                name: jax.ShapeDtypeStruct(
+                    (*leaf.shape[:axis], length, *leaf.shape[axis + 1 :]), dtypes[name]
+                )
+                for name, length in long.items()
+            }
+        )
+
+    flat = traverse_util.flatten_dict(dict(tree), sep="/")
+    return traverse_util.unflatten_dict({p: small(p, x) for p, x in flat.items()}, sep="/")
+
+
 def _is_weight(path: str, leaf: Any) -> bool:
     axis = SHARED.get(path.rsplit("/", 1)[-1])
     if axis is None or getattr(leaf, "ndim", 0) < 2:
