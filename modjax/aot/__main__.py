@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--features", help="FEATURE=VALUES,... instead of the mixture's")
     parser.add_argument("--segments", type=int, help="of a packed row, 0 for rows of one example")
     parser.add_argument("--steps", default="train,decode", help="which to compile")
+    parser.add_argument("--hlo", help="a folder for the compiled programs' text, STEP.txt")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, too")
     try:
         args, rest = parser.parse_known_args(argv)
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             )
         devices = devices_for(args.topology)
         made = job.from_gin(flags, features, args.segments)
-        found = {step: compile_step(step, made, devices) for step in steps}
+        found = {step: compile_step(step, made, devices, args.hlo) for step in steps}
     except Exception as error:
         if "--traceback" in argv or not mistakes.is_users(error):
             raise
@@ -83,10 +85,14 @@ def devices_for(topology: str) -> list[Any]:
     return measure.devices_of(topology)
 
 
-def compile_step(step: str, made: job.Job, devices: Sequence[Any]) -> Any:
-    """(program, cost) of one of `STEPS`."""
+def compile_step(
+    step: str, made: job.Job, devices: Sequence[Any], folder: str | None = None
+) -> tuple[job.Program, measure.Cost]:
+    """One of `STEPS`, compiled; its text is written into the folder."""
     program = (job.training if step == "train" else job.decoding)(made, devices)
-    return program, measure.compile_for(program, devices[0].device_kind)
+    text = pathlib.Path(folder) / f"{step}.txt" if folder else None
+    names = made.model.adapted.names if made.model.adapted else ()
+    return program, measure.compile_for(program, devices[0].device_kind, text, names)
 
 
 def describe(
@@ -113,6 +119,8 @@ def describe(
     say("collectives", _bytes(total) if total else "none")
     for name, size in sorted(cost.collectives.items(), key=lambda pair: -pair[1]):
         say(f"  {name}", f"{_bytes(size)} in {cost.calls[name]:.0f}")
+    if total:
+        say("  for adapters", f"{_bytes(cost.added)}, {cost.added / total:.2%} of them")
     if not kind.startswith("TPU"):
         return lines
     least, most = cost.seconds

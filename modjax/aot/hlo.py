@@ -52,12 +52,14 @@ class Counts:
       cycles: the compiler's estimate, without collectives.
       collectives: {kind: bytes that the chip receives}.
       calls: {kind: how many}.
+      marked: bytes of the collectives that an operation of a given name asked for.
     """
 
     flops: float = 0.0
     cycles: float = 0.0
     collectives: dict[str, float] = dataclasses.field(default_factory=dict)
     calls: dict[str, float] = dataclasses.field(default_factory=dict)
+    marked: float = 0.0
 
     @property
     def collective_bytes(self) -> float:
@@ -115,26 +117,37 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def count(text: str, unknown_trips: int = 1) -> Counts:
+def count(text: str, unknown_trips: int = 1, mark: str = "") -> Counts:
     """Counts a module.
 
     Args:
       text: of the compiled module, for one device.
       unknown_trips: how often a loop runs whose condition gives no bound.
+      mark: a regular expression for the names of operations (`op_name`, which holds the path of the layer).
     """
     computations, entry = read(text)
     total = Counts(0.0, 0.0, collections.defaultdict(float), collections.defaultdict(float))
 
     def walk(name: str, times: float) -> None:
         body = computations.get(name, {})
+        # A TPU's asynchronous collective stands where it starts, where it ends, and in each fusion on the way.
+        again = name.startswith("async_collective_fusion") or any(
+            '"AsyncCollectiveDone"' in i.rest for i in body.values()
+        )
         for instruction in body.values():
             if cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
                 total.cycles += times * int(cycles[1])
             kind = instruction.opcode.removesuffix("-start")
+            if kind in KINDS and again:
+                continue
             if kind in KINDS:
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"  # how a TPU's program writes it
-                total.collectives[kind] += times * _received(kind, instruction, body)
+                received = times * _received(kind, instruction, body)
+                total.collectives[kind] += received
+                origin = re.search(r'op_name="([^"]*)"', instruction.rest)
+                if mark and origin and re.search(mark, origin[1]):
+                    total.marked += received
                 total.calls[kind] += times
             elif kind == "dot":
                 total.flops += times * _dot(instruction, body)
@@ -238,52 +251,97 @@ def _trips(
     computations: Mapping[str, Mapping[str, Instruction]],
     unknown: int,
 ) -> int:
-    """How often a loop runs: as it says itself, else by its counter's limit."""
+    """How often a loop runs: as it says itself, else by the limit of its counter and the counter's steps."""
     if known := re.search(r'known_trip_count"?:\s*\{"n":"?(\d+)', loop.rest):
         return int(known[1])
-    (condition,) = loop.called("condition")
-    limits = _limits(condition, computations, loop, outside)
-    return max(limits, default=unknown)
+    (condition,), (inside,) = loop.called("condition"), loop.called("body")
+    found = []
+    for left, right in _comparisons(condition, computations):
+        limit = _constant(right, loop, outside)
+        if limit is None or limit <= 0:
+            continue
+        place = _place(left)
+        start = None if place is None else _carried(place, loop, outside)
+        begin = _constant(start, loop, outside) if start is not None else 0
+        step = _step(place, computations[inside], loop, outside)
+        found.append(math.ceil((limit - (begin or 0)) / step))
+    return max(found, default=unknown)
 
 
-def _limits(
-    name: str,
-    computations: Mapping[str, Mapping[str, Instruction]],
-    loop: Instruction,
-    outside: Mapping[str, Instruction],
-) -> list[int]:
-    """The constants that a condition, or what it calls, compares a counter with."""
+def _comparisons(
+    name: str, computations: Mapping[str, Mapping[str, Instruction]]
+) -> list[tuple[Instruction, Instruction]]:
+    """What a condition, or a fusion in it, tests to be less than what; a fusion's parameters are its operands."""
     body, found = computations.get(name, {}), []
     for instruction in body.values():
-        for callee in instruction.called("calls", "to_apply"):
-            found += _limits(callee, computations, loop, outside)
-            if callee in computations and any(
-                i.opcode == "compare" for i in computations[callee].values()
-            ):
-                # A fused comparison gets its limit as an operand.
-                operands = [body[n] for n in instruction.operands if n in body]
-                found += [v for o in operands if (v := _constant(o, loop, outside)) is not None]
         if instruction.opcode == "compare" and "direction=LT" in instruction.rest:
-            operands = [body[n] for n in instruction.operands if n in body]
-            found += [v for o in operands if (v := _constant(o, loop, outside)) is not None]
-    return [limit for limit in found if limit > 0]
+            found.append((body[instruction.operands[0]], body[instruction.operands[1]]))
+        for callee in instruction.called("calls", "to_apply"):
+            given = [body[operand] for operand in instruction.operands if operand in body]
+            for pair in _comparisons(callee, computations):
+                left, right = (
+                    given[int(one.arguments)]
+                    if one.opcode == "parameter" and int(one.arguments) < len(given)
+                    else one
+                    for one in pair
+                )
+                found.append((left, right))
+    return found
 
 
-def _constant(of: Instruction, loop: Instruction, outside: Mapping[str, Instruction]) -> int | None:
+def _place(of: Instruction) -> str | None:
+    """Which element of the loop's state an instruction reads."""
+    index = re.search(r"index=(\d+)", of.rest)
+    return index[1] if of.opcode == "get-tuple-element" and index else None
+
+
+def _carried(
+    place: str, loop: Instruction, outside: Mapping[str, Instruction]
+) -> Instruction | None:
+    """What an element of the loop's state is at its start."""
+    state = outside.get(loop.operands[0]) if loop.operands else None
+    if state is None or state.opcode != "tuple":
+        return None
+    start = outside.get(state.operands[int(place)])
+    while start is not None and start.opcode in ("copy", "copy-done", "copy-start", "bitcast"):
+        start = outside.get(start.operands[0])
+    return start
+
+
+def _constant(
+    of: Instruction | None, loop: Instruction, outside: Mapping[str, Instruction]
+) -> int | None:
     """The value of an integer constant, also one that the loop carries along."""
-    if of.opcode == "constant":
-        number = re.fullmatch(r"-?\d+", of.arguments.strip())
-        return int(number[0]) if number else None
-    if of.opcode == "get-tuple-element" and loop.operands:
-        carried = outside.get(loop.operands[0])
-        index = re.search(r"index=(\d+)", of.rest)
-        if carried is not None and carried.opcode == "tuple" and index:
-            start = outside.get(carried.operands[int(index[1])])
-            while start is not None and start.opcode in ("copy", "copy-done", "bitcast"):
-                start = outside.get(start.operands[0])
-            if start is not None and start.opcode == "constant":
-                return _constant(start, loop, outside)
-    return None
+    if of is not None and (place := _place(of)) is not None:
+        of = _carried(place, loop, outside)
+    if of is None or of.opcode != "constant":
+        return None
+    number = re.fullmatch(r"-?\d+", of.arguments.strip())
+    return int(number[0]) if number else None
+
+
+def _step(
+    place: str | None,
+    body: Mapping[str, Instruction],
+    loop: Instruction,
+    outside: Mapping[str, Instruction],
+) -> int:
+    """By how much a loop's body advances its counter: the compiler may have unrolled it."""
+    state = next((i for i in body.values() if i.root and i.opcode == "tuple"), None)
+    total, at = 0, None if state is None or place is None else body.get(state.operands[int(place)])
+    while at is not None and at.opcode in ("add", "copy", "bitcast"):
+        operands = [body[name] for name in at.operands if name in body]
+        if at.opcode == "add":
+            values = [_constant(one, loop, outside) for one in operands]
+            # The counter itself starts with a constant, too.
+            counter = next((o for o, v in zip(operands, values, strict=True) if v is None), None)
+            moving = [o for o in operands if _place(o) == place or o.opcode == "add"]
+            counter = moving[0] if moving else counter
+            total += sum(v or 0 for o, v in zip(operands, values, strict=True) if o is not counter)
+            at = counter
+        else:
+            at = operands[0] if operands else None
+    return max(total, 1)
 
 
 def fits_error(message: str) -> Sequence[float] | None:

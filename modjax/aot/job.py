@@ -261,7 +261,7 @@ def _products(jaxpr: Any) -> tuple[float, float]:
             (contracted, _), (batched, _) = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             inner = math.prod(left[i] for i in contracted)
-            total[bool(batched)] += 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
+            total[int(bool(batched))] += 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
             continue
         for inside in jax.core.jaxprs_in_params(equation.params):
             times = equation.params["length"] if equation.primitive.name == "scan" else 1

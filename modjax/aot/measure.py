@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from modjax.aot import chips, hlo
@@ -28,6 +29,7 @@ class Cost:
       flops: of matrix products, recomputation and adapters included.
       collectives: {kind: bytes received}.
       calls: {kind: how many}.
+      added: bytes of the collectives that adapters ask for themselves, of all.
       computing: seconds by the compiler's estimate of each operation, as often as it runs; collectives are not in it.
       sending: seconds that the collectives' bytes take over all links of the chip: a lower bound.
       optimal: XLA's `optimal_seconds`, without the -1 of each operation that it cannot price; the bodies of loops
@@ -42,6 +44,7 @@ class Cost:
     flops: float = 0.0
     collectives: Mapping[str, float] = dataclasses.field(default_factory=dict)
     calls: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    added: float = 0.0
     computing: float = 0.0
     sending: float = 0.0
     optimal: float = 0.0
@@ -69,23 +72,29 @@ def devices_of(topology: str) -> list[Any]:
 
     # libtpu asks the machine for a TPU that is not there, and tells at length that it found none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nothing runs on a chip here: several may compile at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     with _quiet():
         try:
             found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
             return list(found.devices)
         except Exception as error:
             raise AotError(
-                f"libtpu knows no topology {topology!r} (kind:AxB, as v5e:4x4 or v5e:16x16, or "
+                f"libtpu does not give the topology {topology!r} (kind:AxB, as v5e:4x4 or v5e:16x16, or "
                 f"kind:AxBxC, as v5p:4x4x4): {str(error).splitlines()[0]}"
             ) from error
 
 
-def compile_for(program: Program, kind: str) -> Cost:
+def compile_for(
+    program: Program, kind: str, text: pathlib.Path | None = None, mixtures: Sequence[str] = ()
+) -> Cost:
     """Compiles a program and counts it.
 
     Args:
       program: for the devices it is to be compiled for.
       kind: their device kind.
+      text: where the compiled module is written.
+      mixtures: names of the adapters, for `Cost.added`.
     """
     chip = chips.of(kind) if kind.startswith("TPU") else None
     memory = int(chip.memory) if chip else 0
@@ -97,12 +106,16 @@ def compile_for(program: Program, kind: str) -> Cost:
             if need is None:
                 raise
             return Cost(False, int(need[0]), int(need[1]), program.held)
+    module = compiled.as_text() or ""
+    if text is not None:
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(module)
     used: Any = compiled.memory_analysis()
     properties: Any = compiled.cost_analysis()
     arguments = used.argument_size_in_bytes
     made = used.output_size_in_bytes - used.alias_size_in_bytes
     peak = arguments + made + used.temp_size_in_bytes + used.generated_code_size_in_bytes
-    counts = hlo.count(compiled.as_text() or "", program.trips)
+    counts = hlo.count(module, program.trips, rf"/({'|'.join(mixtures)})/" if mixtures else "")
     seconds = float(properties.get("optimal_seconds", 0.0))
     return Cost(
         not memory or peak <= memory,
@@ -113,6 +126,7 @@ def compile_for(program: Program, kind: str) -> Cost:
         counts.flops,
         counts.collectives,
         counts.calls,
+        counts.marked,
         counts.cycles / chip.clock if chip else 0.0,
         counts.collective_bytes / chip.links if chip else 0.0,
         priced(seconds),
