@@ -91,8 +91,7 @@ def compile_step(
     """One of `STEPS`, compiled; its text is written into the folder."""
     program = (job.training if step == "train" else job.decoding)(made, devices)
     text = pathlib.Path(folder) / f"{step}.txt" if folder else None
-    names = made.model.adapted.names if made.model.adapted else ()
-    return program, measure.compile_for(program, devices[0].device_kind, text, names)
+    return program, measure.compile_for(program, devices[0].device_kind, text)
 
 
 def describe(

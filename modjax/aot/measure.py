@@ -5,11 +5,14 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modjax.aot import chips, hlo
 from modjax.aot.job import Program
+
+# In the names of their operations: adapters' modules are called so.
+ADAPTERS = r"/(LowRank|Bottleneck|Scale)Bank\b"
 
 
 class AotError(ValueError):
@@ -86,7 +89,10 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def compile_for(
-    program: Program, kind: str, text: pathlib.Path | None = None, mixtures: Sequence[str] = ()
+    program: Program,
+    kind: str,
+    text: pathlib.Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Cost:
     """Compiles a program and counts it.
 
@@ -94,13 +100,13 @@ def compile_for(
       program: for the devices it is to be compiled for.
       kind: their device kind.
       text: where the compiled module is written.
-      mixtures: names of the adapters, for `Cost.added`.
+      options: of the compiler, by the names of XLA's flags.
     """
     chip = chips.of(kind) if kind.startswith("TPU") else None
     memory = int(chip.memory) if chip else 0
     with _quiet():
         try:
-            compiled = program.lowered.compile()
+            compiled = program.lowered.compile(compiler_options=dict(options or {}))
         except Exception as error:
             need = hlo.fits_error(str(error))
             if need is None:
@@ -115,7 +121,7 @@ def compile_for(
     arguments = used.argument_size_in_bytes
     made = used.output_size_in_bytes - used.alias_size_in_bytes
     peak = arguments + made + used.temp_size_in_bytes + used.generated_code_size_in_bytes
-    counts = hlo.count(module, program.trips, rf"/({'|'.join(mixtures)})/" if mixtures else "")
+    counts = hlo.count(module, program.trips, ADAPTERS)
     seconds = float(properties.get("optimal_seconds", 0.0))
     return Cost(
         not memory or peak <= memory,

@@ -62,8 +62,8 @@ def test_goals_and_table_say_what_holds():
     assert found == {
         "mt5_xl lora: seconds a step, 256 chips over 16": (1.0667, True),
         "mt5_xl flix: seconds a step, 256 chips over 16": (1.1333, False),
-        "mt5_xl v5e-16: FLix's own collectives, of all bytes": (0.005, True),
-        "mt5_xl v5e-256: FLix's own collectives, of all bytes": (0.02, False),
+        "mt5_xl flix v5e-16: its own collectives, of all bytes": (0.005, True),
+        "mt5_xl flix v5e-256: its own collectives, of all bytes": (0.02, False),
     }
     lines = pods.table(results)
     assert len({line.count("|") for line in lines}) == 1
