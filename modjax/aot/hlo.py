@@ -180,17 +180,23 @@ def _received(kind: str, instruction: Instruction, body: Mapping[str, Instructio
 
 
 def group_size(rest: str) -> int:
-    """How many devices take part in a collective; 0 if its attributes do not say."""
+    """How many devices take part in a collective; 0 if its attributes do not say.
+
+    Raises:
+      ValueError: they say it in a notation that is not known here.
+    """
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(match[1].split(","))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         group = 1
         for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2]):
             group *= int(part or sizes[axis])
         return group
+    if match := re.search(r"replica_groups=(?!\{\})\S{,60}", rest):
+        raise ValueError(f"a collective's devices in an unknown notation: {match[0]}")
     return 0
 
 

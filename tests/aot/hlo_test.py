@@ -69,11 +69,18 @@ def test_a_tpus_loop_is_counted_as_often_as_it_runs():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
         ("replica_groups=mesh['a'=4,'b'=8] {'a','b'}", 32),
         ("replica_groups=mesh['a'=4,'b'=8] {'b':(2)4}", 4),
+        ("replica_groups=mesh['a'=4,'b'=8], device_ids=([4,8]T(1,0)) {'b'}", 8),
+        ("replica_groups={}", 0),
         ("channel_id=1", 0),
     ],
 )
 def test_the_devices_of_a_collective_are_read_in_every_notation(groups, size):
     assert hlo.group_size(f", {groups}, use_global_device_ids=true") == size
+
+
+def test_devices_in_an_unknown_notation_are_not_guessed():
+    with pytest.raises(ValueError, match="unknown notation: replica_groups=ring<4>"):
+        hlo.group_size(", replica_groups=ring<4>, dimensions={0}")
 
 
 def line(opcode, shape, operand, attributes):
