@@ -32,7 +32,6 @@ Rules = Sequence[tuple[str, Axis]]
 # over "fsdp", which its batch is.
 RULES: Rules = (
     ("batch", BATCH_AXES),
-    ("lookup", "data"),  # rows that were looked up in a table whose width is divided
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),

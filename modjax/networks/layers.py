@@ -103,11 +103,7 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens: Array) -> Array:
-        # Each device looks up its part of the width for all rows that share the table, and then hands them out:
-        # otherwise the table would be gathered.
-        x = quantization.rows(self.embedding, tokens, self.dtype)
-        x = partitioning.constrain(x, ("lookup", "length", "embed"))
-        return partitioning.constrain(x, ("batch", "length", "embed"))
+        return quantization.rows(self.embedding, tokens, self.dtype)
 
     def attend(self, x: Array, scaled: bool = True) -> Array:
         """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D) unless told otherwise."""
