@@ -118,7 +118,8 @@ def evaluate(
         )
         space = FeatureSpace.from_json(metadata["space"])
     del weights  # which the parameters may be a smaller copy of
-    params = jax.device_put(params, partitioning.replicated(mesh))
+    whole = partitioning.replicated(mesh)
+    params = partitioning.place(params, jax.tree.map(lambda _: whole, params))
 
     trained_on = metadata["mixture"] if train_mixture is None else train_mixture
     if not trained_on:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from modjax import partitioning
 from modjax.trainer import Batch, Trainer, TrainState
@@ -128,11 +128,10 @@ def fit(
 
 
 def _flag(mesh: Mesh, value: int) -> jax.Array:
-    """int32 [data shards], this process's part full of `value`."""
-    home = NamedSharding(mesh, PartitionSpec("data"))
-    shape = (mesh.shape["data"],)
-    part = np.full(shape, value, np.int32)
-    return jax.make_array_from_callback(shape, home, lambda index: part[index])
+    """int32 [devices], this process's part full of `value`."""
+    part = np.full(mesh.size, value, np.int32)
+    home = partitioning.one_per_device(mesh)
+    return jax.make_array_from_callback(part.shape, home, lambda index: part[index])
 
 
 class _Reader:

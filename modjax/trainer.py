@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from modjax import optimizers, partitioning
 
@@ -107,7 +107,7 @@ def train_step(
 
     Args:
       factors: {path: what the update of that parameter is multiplied by}.
-      stop: int32 [data shards], 1 where a process was asked to stop; its maximum comes back, so
+      stop: int32 [devices], 1 where a process was asked to stop; its maximum comes back, so
         that all agree.
 
     Returns:
@@ -167,7 +167,7 @@ class Trainer:
         factors = traverse_util.flatten_dict(dict(rates or {}), sep="/")
         factors = {path: factor for path, factor in factors.items() if path in mine}
         whole = partitioning.replicated(mesh)
-        rows = NamedSharding(mesh, PartitionSpec("data"))
+        rows = partitioning.batch_sharding(mesh)
         homes = partitioning.shardings(trained, axes or {}, mesh)
         opt_shapes = jax.eval_shape(self.transform.init, trained)
         self.state_sharding = TrainState(
@@ -188,7 +188,12 @@ class Trainer:
 
         self.train_step = jax.jit(
             step,
-            in_shardings=(self.state_sharding, self.frozen_sharding, rows, rows),
+            in_shardings=(
+                self.state_sharding,
+                self.frozen_sharding,
+                rows,
+                partitioning.one_per_device(mesh),
+            ),
             out_shardings=(self.state_sharding, whole),
             donate_argnums=0,
         )
