@@ -168,7 +168,8 @@ def shares(batch_size: int, mesh: Mesh) -> list[np.ndarray]:
     Where a model is divided over the devices of several processes, those hold the same rows.
     """
     held: list[set[int]] = [set() for _ in range(jax.process_count())]
-    for device, index in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
+    home: Any = batch_sharding(mesh)  # jax types its devices by a name that mypy does not find
+    for device, index in home.devices_indices_map((batch_size,)).items():
         held[device.process_index].update(range(batch_size)[index[0]])
     return [np.array(sorted(rows), np.int64) for rows in held]
 

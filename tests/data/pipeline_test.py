@@ -230,10 +230,14 @@ def test_any_number_of_processes_makes_the_same_batches_and_resumes_any_other(
             assert {it.position for it in iterators} == {2 * number}
         for batch in expected[2 * number :][:2]:
             assert same(whole(iterators, shares), batch)
-        for iterator in iterators:
-            iterator.save(str(tmp_path / f"{number}"))
-        # One process writes a stream, the first that reads it.
-        written = sorted(path.name for path in (tmp_path / f"{number}").glob("*.json"))
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        for i, iterator in enumerate(iterators):
+            iterator.save(str(tmp_path / f"{number}_{i}"))
+            for path in (tmp_path / f"{number}_{i}").iterdir():
+                assert not (folder / path.name).exists()  # one process writes a stream
+                path.rename(folder / path.name)
+        written = sorted(path.name for path in folder.glob("*.json"))
         assert written == [f"position_{v}_of_{data_shards}.json" for v in range(data_shards)]
 
 
