@@ -157,8 +157,8 @@ def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
         )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How the rows of a batch are divided."""
+def rows(mesh: Mesh) -> NamedSharding:
+    """Arrays whose first dimension is a batch's."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
@@ -168,28 +168,28 @@ def shares(batch_size: int, mesh: Mesh) -> list[np.ndarray]:
     Where a model is divided over the devices of several processes, those hold the same rows.
     """
     held: list[set[int]] = [set() for _ in range(jax.process_count())]
-    home: Any = batch_sharding(mesh)  # jax types its devices by a name that mypy does not find
+    home: Any = rows(mesh)  # jax types its devices by a name that mypy does not find
     for device, index in home.devices_indices_map((batch_size,)).items():
         held[device.process_index].update(range(batch_size)[index[0]])
-    return [np.array(sorted(rows), np.int64) for rows in held]
+    return [np.array(sorted(mine), np.int64) for mine in held]
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch, see `shares`, on its devices; the result is the global
     batch [B, ...].
     """
-    home = batch_sharding(mesh)
+    home = rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), home)
     return {
-        name: jax.make_array_from_process_local_data(home, rows) for name, rows in batch.items()
+        name: jax.make_array_from_process_local_data(home, values) for name, values in batch.items()
     }
 
 
 def place_whole_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The same for a batch [B, ...] that every process has the whole of."""
-    rows = shares(len(next(iter(batch.values()))), mesh)[jax.process_index()]
-    return place_batch({name: value[rows] for name, value in batch.items()}, mesh)
+    mine = shares(len(next(iter(batch.values()))), mesh)[jax.process_index()]
+    return place_batch({name: value[mine] for name, value in batch.items()}, mesh)
 
 
 def place(tree: Any, placed: Any) -> Any:

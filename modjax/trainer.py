@@ -167,7 +167,7 @@ class Trainer:
         factors = traverse_util.flatten_dict(dict(rates or {}), sep="/")
         factors = {path: factor for path, factor in factors.items() if path in mine}
         whole = partitioning.replicated(mesh)
-        rows = partitioning.batch_sharding(mesh)
+        rows = partitioning.rows(mesh)
         homes = partitioning.shardings(trained, axes or {}, mesh)
         opt_shapes = jax.eval_shape(self.transform.init, trained)
         self.state_sharding = TrainState(

@@ -82,7 +82,7 @@ def together(count, devices, *commands):
         for i in range(count)
     ]
     try:
-        said = [worker.communicate(timeout=500)[0] for worker in workers]
+        said = [worker.communicate(timeout=900)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -77,7 +77,7 @@ def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch):
             for column, p in enumerate(line)
         }
         held = types.SimpleNamespace(devices_indices_map=lambda shape: devices)
-        monkeypatch.setattr(partitioning, "batch_sharding", lambda mesh: held)
+        monkeypatch.setattr(partitioning, "rows", lambda mesh: held)
         monkeypatch.setattr(jax, "process_count", lambda: 1 + max(map(max, processes)))
         return [rows.tolist() for rows in partitioning.shares(8, MESH)]
 
