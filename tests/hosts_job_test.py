@@ -1,4 +1,7 @@
-"""A whole job, gin files to checkpoints, by one, four and two processes in turn: what one alone would have done."""
+"""A whole job, gin files to checkpoints, by several processes in turn: what one alone would have done.
+
+The longer one is marked slow: `make hosts`.
+"""
 
 import importlib
 import json
@@ -31,6 +34,7 @@ TRAINING = {
     "TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 16},
     "DROPOUT_RATE": 0.1,
     "WARMUP": 0,
+    "optimizers.schedule.decay": "constant",
     "DATA_SHARDS": 2,
     "train.train.tensorboard": False,
     "train.train.log_period": 1,
@@ -97,48 +101,66 @@ def losses(folder):
     return [(row["loss"], row["padding"], row["grad_norm"]) for row in rows]
 
 
-def test_one_four_two_and_one_processes_in_turn_train_and_evaluate_as_one_alone(tmp_path):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A folder with a base, and a run of one process of eight steps with a checkpoint after every other."""
+    folder = tmp_path_factory.mktemp("one")
     config = t5.T5Config(260, 16, 2, 8, 32, 1, 1)
     tokens = jax.numpy.ones((1, 4), int)
     init = jax.jit(t5.Transformer(config).init)
-    hub.save_base(tmp_path / "base", config, init(jax.random.key(0), tokens, tokens)["params"])
-    one, turns = tmp_path / "one", tmp_path / "turns"
-    alone("train", tmp_path, MODEL_DIR=str(one), TRAIN_STEPS=8)
-    shutil.copytree(one, turns)
-    for step in (4, 6, 8):
-        shutil.rmtree(turns / f"checkpoint_{step}")
+    hub.save_base(folder / "base", config, init(jax.random.key(0), tokens, tokens)["params"])
+    alone("train", folder, MODEL_DIR=str(folder / "run"), TRAIN_STEPS=8)
+    return folder
 
-    options = {"MODEL_DIR": str(turns)}
-    said = together(4, 1, command("train", tmp_path, TRAIN_STEPS=4, **options))
-    assert "process 3 of 4, with 1 of 4 devices" in said[3]
+
+@pytest.fixture
+def begun(one, tmp_path):
+    """The run as it was after two steps."""
+    folder = tmp_path / "turns"
+    shutil.copytree(one / "run", folder)
+    for step in (4, 6, 8):
+        shutil.rmtree(folder / f"checkpoint_{step}")
+    return folder
+
+
+def assert_same(folder, expected):
+    assert checkpoints.steps(folder)[-1] == checkpoints.steps(expected)[-1]
+    np.testing.assert_allclose(losses(folder), losses(expected), rtol=1e-5)
+    want, found = (
+        traverse_util.flatten_dict(checkpoints.load_trained(run)[0], sep="/")
+        for run in (expected, folder)
+    )
+    for path, value in want.items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-3, atol=2e-6, err_msg=path)
+
+
+def test_two_processes_go_on_from_one_and_one_from_two(one, begun):
+    options = {"MODEL_DIR": str(begun)}
+    said = together(2, 1, command("train", one, TRAIN_STEPS=6, **options))
+    assert "process 1 of 2, with 1 of 2 devices" in said[1]
     assert "known by the environment (JAX_PROCESS_COUNT)" in said[0]
-    assert "resuming at step 2, to step 4, on 4 cpu device(s) of 4 process(es)" in said[0]
-    # Two processes share one copy of the model, and so read the same rows.
+    assert "resuming at step 2, to step 6, on 2 cpu device(s) of 2 process(es)" in said[0]
+    alone("train", one, TRAIN_STEPS=8, **options)
+    assert_same(begun, one / "run")
+
+
+@pytest.mark.slow
+def test_four_processes_two_that_share_a_model_and_one_train_in_turn_and_two_evaluate(
+    one, begun, tmp_path
+):
+    options = {"MODEL_DIR": str(begun)}
+    together(4, 1, command("train", one, TRAIN_STEPS=4, **options))
+    place = {"CHECKPOINT_PATH": str(begun / "checkpoint_6")}
     together(
         2,
         1,
-        command("train", tmp_path, TRAIN_STEPS=6, train__train__model_parallel=2, **options),
-        command(
-            "eval", tmp_path, CHECKPOINT_PATH=str(turns), EVAL_OUTPUT_DIR=str(tmp_path / "two")
-        ),
+        # They read the same rows.
+        command("train", one, TRAIN_STEPS=6, train__train__model_parallel=2, **options),
+        command("eval", one, EVAL_OUTPUT_DIR=str(tmp_path / "two"), **place),
     )
-    alone("train", tmp_path, TRAIN_STEPS=8, **options)
-    assert checkpoints.steps(turns) == [2, 4, 6, 8]
-
-    np.testing.assert_allclose(losses(turns), losses(one), rtol=1e-5)
-    expected, found = (
-        traverse_util.flatten_dict(checkpoints.load_trained(folder)[0], sep="/")
-        for folder in (one, turns)
-    )
-    for path, value in expected.items():
-        np.testing.assert_allclose(found[path], value, rtol=1e-3, atol=2e-6, err_msg=path)
-
-    alone(
-        "eval",
-        tmp_path,
-        CHECKPOINT_PATH=str(turns / "checkpoint_6"),
-        EVAL_OUTPUT_DIR=str(tmp_path / "alone"),
-    )
+    alone("train", one, TRAIN_STEPS=8, **options)
+    assert_same(begun, one / "run")
+    alone("eval", one, EVAL_OUTPUT_DIR=str(tmp_path / "alone"), **place)
     for name in ("results.json", *(f"predictions/toy_turn_{c}.jsonl" for c in ("en", "sw"))):
         texts = [(tmp_path / by / name).read_text() for by in ("two", "alone")]
         assert texts[0] == texts[1] != ""
