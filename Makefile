@@ -4,18 +4,22 @@ BIN := .venv/bin
 JOBS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint parity clean
+.PHONY: demo test lint hosts parity clean
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --ignore tests/parity
+	$(BIN)/python -m pytest -n $(JOBS) --ignore tests/parity -m "not slow"
 
 lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Jobs of four processes, too long for every day.
+hosts: .venv/installed-test
+	$(BIN)/python -m pytest -m slow --ignore tests/parity
 
 # The tests against torch, transformers and peft, and a real pretrained encoder.
 parity: .venv/installed-parity

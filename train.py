@@ -58,6 +58,7 @@ def train(
     features: Sequence[str] | None = None,
     pack: bool | None = None,
     max_segments: int | None = None,
+    data_shards: int = 1,
     on_too_long: str = "count",
     base_dtype: str | None = None,
     microbatches: int = 1,
@@ -93,6 +94,7 @@ def train(
       features: which of the tasks' features the feature space has; all of them if None.
       pack: several examples to a row, at most `max_segments` (a bound from the lengths if None); None for what the
         model can.
+      data_shards: streams that the examples are divided into, for the whole of a run; see `modjax.data.iterator`.
       on_too_long: "count" cuts and counts examples longer than the limit, "error" refuses them.
       base_dtype: precision that the frozen base is kept in: "float32", "bfloat16" or "int8" (see
         `modjax.quantization`); None for that of its files.
@@ -201,6 +203,7 @@ def train(
     frozen = partitioning.place(frozen, trainer.frozen_sharding)
     size = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.opt_state)))
     checkpoints.check_writable(model_dir, 2 * size)
+    shares = partitioning.shares(batch_size, mesh)
     iterator = pipeline.train_iterator(
         mixture_or_task_name,
         "train",
@@ -210,6 +213,9 @@ def train(
         converter=model.converter,
         pack=pack,
         max_segments=max_segments,
+        data_shards=data_shards,
+        shares=shares,
+        process=jax.process_index(),
         seed=random_seed,
         use_cached=use_cached_tasks,
         on_too_long=on_too_long,
@@ -256,7 +262,14 @@ def train(
     def evaluate(step: int, state: TrainState) -> None:
         for task in registry.tasks_of(eval_mixture or mixture_or_task_name):
             batches = _eval_batches(
-                pipeline, task, eval_split, model, space, task_feature_lengths, batch_size
+                pipeline,
+                task,
+                eval_split,
+                model,
+                space,
+                task_feature_lengths,
+                batch_size,
+                shares[jax.process_index()],
             )
             sums = trainer.evaluate(state, frozen, itertools.islice(batches, eval_steps))
             if task not in eval_writers:
@@ -340,6 +353,7 @@ def _eval_batches(
     space: FeatureSpace,
     lengths: Any,
     batch_size: int,
+    rows: Sequence[int],
 ) -> Iterator[Any]:
     batches = pipeline.eval_batches(
         task,
@@ -347,6 +361,7 @@ def _eval_batches(
         space,
         task_feature_lengths=lengths,
         batch_size=batch_size,
+        rows=rows,
         converter=model.converter,
     )
     for batch, _ in batches:

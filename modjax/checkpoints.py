@@ -4,7 +4,7 @@ A checkpoint MODEL_DIR/checkpoint_<step> has four parts, so that each reader tak
 
     trained/    the trained parameters (the adapters)
     optimizer/  the optimizer's state, the step, the rng
-    data/       the position of the input, one folder per process
+    data/       the position of the input, for any number of processes
     metadata/   JSON: method, feature space, fingerprint of the frozen base, operative gin config,
     versions
 
@@ -39,7 +39,10 @@ _AGAIN = ": copy it again, or delete this folder to use the checkpoint before it
 
 
 class Positioned(Protocol):
-    """An input that can write and take back its position, as `modjax.data` makes them."""
+    """An input that can write and take back its position, as `modjax.data` makes them.
+
+    All processes of a job call both, with one folder for all of them.
+    """
 
     def save(self, directory: Any) -> None: ...
 
@@ -47,26 +50,18 @@ class Positioned(Protocol):
 
 
 class _DataHandler(ocp.CheckpointHandler):
-    """Lets each process write the position of its own input in a folder of its own."""
+    """Lets each process write its part of the input's position, all in one folder."""
 
     def save(self, directory: Any, args: Any) -> None:
-        mine = pathlib.Path(directory) / _process_folder()
-        mine.mkdir(parents=True, exist_ok=True)
-        args.iterator.save(str(mine))
+        folder = pathlib.Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        args.iterator.save(str(folder))
 
     def restore(self, directory: Any, args: Any = None) -> None:
-        mine = pathlib.Path(directory) / _process_folder()
-        if not mine.is_dir():
-            there = sorted(path.name for path in pathlib.Path(directory).glob("process_*"))
-            raise CheckpointError(
-                f"{directory} holds no input position {mine.name}, only {', '.join(there)}: "
-                "resume with as many processes as wrote the checkpoint"
-            )
-        args.iterator.restore(str(mine))
-
-
-def _process_folder() -> str:
-    return f"process_{jax.process_index()}_of_{jax.process_count()}"
+        try:
+            args.iterator.restore(str(directory))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
 
 @ocp.args.register_with_handler(_DataHandler, for_save=True, for_restore=True)

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class ConfigError(ValueError):
+    """A flag, a gin file or a binding that cannot be used; the message names it."""
+
+
 def nearest(name: str, known: Iterable[str], limit: int = 20) -> str:
     """A sentence for an error about an unknown `name`: the closest known name, then the known ones.
 

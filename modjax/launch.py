@@ -18,8 +18,8 @@ from functools import partial
 from typing import Any
 
 import modjax
-from modjax import mistakes
-from modjax.errors import nearest
+from modjax import mistakes, processes
+from modjax.errors import ConfigError, nearest
 
 # What a binding on the command line may name without an import of its own.
 _IMPORTS = {
@@ -46,10 +46,6 @@ _HINTS = {
 CONFIGS = pathlib.Path(modjax.__file__).resolve().parent.parent / "gin_configs"
 
 
-class ConfigError(ValueError):
-    """A flag, a gin file or a binding that cannot be used; the message names it."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Flags:
     """The command line.
@@ -59,7 +55,8 @@ class Flags:
       bindings: "NAME = value", in the order given; they win over the files.
       search_paths: where gin files are looked for, after the current folder and before
         `gin_configs`.
-      coordinator_address, process_count, process_index: of a multi-host job, else None.
+      coordinator_address, process_count, process_index: of a multi-host job, None where they are
+        to be found, see `modjax.processes`.
     """
 
     gin_files: tuple[str, ...]
@@ -81,8 +78,8 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     parser.add_argument("--gin_file", action="append", default=[], help="may be repeated")
     parser.add_argument("--gin_search_paths", default="", help="folders, separated by commas")
     parser.add_argument("--coordinator_address", help="HOST:PORT of process 0")
-    parser.add_argument("--process_count", type=int)
-    parser.add_argument("--process_index", type=int)
+    parser.add_argument("--process_count", type=int, help="1: run alone")
+    parser.add_argument("--process_index", type=int, help="from 0")
     parser.add_argument("--traceback", action="store_true", help="where a mistake was found")
     parser.epilog = (
         "--gin.NAME=VALUE sets a macro or a parameter; VALUE is Python ('text' in quotes)."
@@ -154,24 +151,26 @@ def run(
 
 
 def start_processes(flags: Flags) -> None:
-    """Joins the other processes of a multi-host job; does nothing for a single process.
+    """Joins the other processes of a multi-host job, as the flags or the cluster say, and says which
+    of them said so; does nothing for a single process.
 
     Raises:
-      ConfigError: if only some of the three flags are given.
+      ConfigError: as `processes.find` and `processes.join`.
     """
-    given = (flags.coordinator_address, flags.process_count, flags.process_index)
-    if all(value is None for value in given):
+    job = processes.find(
+        os.environ, flags.coordinator_address, flags.process_count, flags.process_index
+    )
+    if job is None:
         return
-    if any(value is None for value in given):
-        raise ConfigError(
-            "a multi-host job needs all of --coordinator_address, --process_count, --process_index"
-        )
+    # Said before, by each: where one waits in vain, this tells which ones are there.
+    print(f"joining the other processes of this job, known by {job.origin}", file=sys.stderr)
+    processes.join(job)
     import jax
 
-    jax.distributed.initialize(
-        coordinator_address=flags.coordinator_address,
-        num_processes=flags.process_count,
-        process_id=flags.process_index,
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} of "
+        f"{jax.device_count()} devices",
+        file=sys.stderr,
     )
 
 

@@ -128,11 +128,10 @@ def fit(
 
 
 def _flag(mesh: Mesh, value: int) -> jax.Array:
-    """int32 [row shards], this process's part full of `value`."""
-    home = partitioning.rows(mesh)
-    shape = (partitioning.row_shards(mesh),)
-    part = np.full(shape, value, np.int32)
-    return jax.make_array_from_callback(shape, home, lambda index: part[index])
+    """int32 [devices], this process's part full of `value`."""
+    part = np.full(mesh.size, value, np.int32)
+    home = partitioning.one_per_device(mesh)
+    return jax.make_array_from_callback(part.shape, home, lambda index: part[index])
 
 
 class _Reader:

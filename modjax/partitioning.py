@@ -269,6 +269,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def one_per_device(mesh: Mesh) -> NamedSharding:
+    """Of an array [devices], for what each process says for itself."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """Arrays whose first dimension is a batch's."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -280,9 +285,7 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises a ValueError where a global batch cannot be divided over the mesh, the processes and
-    the microbatches.
-    """
+    """Raises a ValueError where a global batch cannot be divided over the mesh and the microbatches."""
     share = row_shards(mesh) * microbatches
     if batch_size < 1 or microbatches < 1 or batch_size % share:
         raise ValueError(
@@ -290,15 +293,23 @@ def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
             f"{row_shards(mesh)} data-parallel devices (data {mesh.shape['data']} x fsdp "
             f"{mesh.shape['fsdp']}): use a multiple of {share}"
         )
-    if batch_size % jax.process_count():
-        raise ValueError(
-            f"the batch of {batch_size} does not divide over {jax.process_count()} processes"
-        )
+
+
+def shares(batch_size: int, mesh: Mesh) -> list[np.ndarray]:
+    """For each process the rows of the global batch that its devices hold, ascending.
+
+    Where a model is divided over the devices of several processes, those hold the same rows.
+    """
+    held: list[set[int]] = [set() for _ in range(jax.process_count())]
+    home: Any = rows(mesh)  # jax types its devices by a name that mypy does not find
+    for device, index in home.devices_indices_map((batch_size,)).items():
+        held[device.process_index].update(range(batch_size)[index[0]])
+    return [np.array(sorted(mine), np.int64) for mine in held]
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows [B / processes, ...] on its devices; the result is the global batch
-    [B, ...].
+    """Puts this process's rows of a batch, see `shares`, on its devices; the result is the global
+    batch [B, ...].
     """
     home = rows(mesh)
     if jax.process_count() == 1:
@@ -306,6 +317,12 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     return {
         name: jax.make_array_from_process_local_data(home, values) for name, values in batch.items()
     }
+
+
+def place_whole_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The same for a batch [B, ...] that every process has the whole of."""
+    mine = shares(len(next(iter(batch.values()))), mesh)[jax.process_index()]
+    return place_batch({name: value[mine] for name, value in batch.items()}, mesh)
 
 
 def place(tree: Any, placed: Any) -> Any:

@@ -107,7 +107,7 @@ def train_step(
 
     Args:
       factors: {path: what the update of that parameter is multiplied by}.
-      stop: int32 [row shards], 1 where a process was asked to stop; its maximum comes back, so
+      stop: int32 [devices], 1 where a process was asked to stop; its maximum comes back, so
         that all agree.
 
     Returns:
@@ -191,7 +191,12 @@ class Trainer:
 
         self.train_step = jax.jit(
             step,
-            in_shardings=(self.state_sharding, self.frozen_sharding, rows, rows),
+            in_shardings=(
+                self.state_sharding,
+                self.frozen_sharding,
+                rows,
+                partitioning.one_per_device(mesh),
+            ),
             out_shardings=(self.state_sharding, whole),
             donate_argnums=0,
         )

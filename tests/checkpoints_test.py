@@ -218,12 +218,13 @@ def test_the_oldest_checkpoints_are_removed(made, tmp_path):
     assert checkpoints.steps(tmp_path / "run") == [3, 4, 5]
 
 
-def test_a_position_of_another_number_of_processes_is_refused(made, damaged):
-    data = damaged / "checkpoint_4" / "data"
-    (data / "process_0_of_1").rename(data / "process_0_of_2")
-    (damaged / "checkpoint_4" / checkpoints.MANIFEST).unlink()
-    with pytest.raises(checkpoints.CheckpointError, match="only process_0_of_2"):
-        run(made, damaged, 5)
+def test_an_input_that_refuses_a_position_says_why(made, written, monkeypatch):
+    def refuse(self, directory):
+        raise ValueError("data_shards was 2 and is 1")
+
+    monkeypatch.setattr(Batches, "restore", refuse)
+    with pytest.raises(checkpoints.CheckpointError, match="^data_shards was 2 and is 1$"):
+        run(made, written[0], 5)
 
 
 def test_a_fingerprint_tells_names_shapes_dtypes_and_values_apart():

@@ -136,12 +136,6 @@ def test_mistakes_in_a_file_name_the_file(tmp_path):
         assert message in str(error.value)
 
 
-def test_a_multi_host_job_needs_all_its_flags():
-    flags = launch.parse_flags(["--process_count=2"], "test")
-    with pytest.raises(launch.ConfigError, match="needs all of --coordinator_address"):
-        launch.start_processes(flags)
-
-
 def test_a_task_module_that_does_not_exist_is_named(tmp_path, monkeypatch):
     with pytest.raises(launch.ConfigError, match="no module 'my.tasks'"):
         launch.import_tasks("my.tasks")

@@ -1,5 +1,8 @@
 """Names of dimensions become places on a mesh."""
 
+import collections
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from modjax import adapters, initialize, models, partitioning
 
 MESH = AbstractMesh((2, 2, 2), partitioning.MESH_AXES)
+FakeDevice = collections.namedtuple("FakeDevice", "process_index row column")
 
 
 def test_parameters_are_divided_by_the_names_of_their_dimensions():
@@ -98,6 +102,33 @@ def test_a_batch_must_divide_over_devices_and_microbatches(batch, microbatches, 
     else:
         with pytest.raises(ValueError, match=f"the batch of {batch} does not divide"):
             partitioning.check_batch(batch, MESH, microbatches)
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch):
+    """Eight rows on a grid of devices: two of each process, in this order along the batch."""
+
+    def shares(*processes):
+        devices = {
+            FakeDevice(p, row, column): (slice(row * 2, row * 2 + 2),)
+            for row, line in enumerate(processes)
+            for column, p in enumerate(line)
+        }
+        held = types.SimpleNamespace(devices_indices_map=lambda shape: devices)
+        monkeypatch.setattr(partitioning, "rows", lambda mesh: held)
+        monkeypatch.setattr(jax, "process_count", lambda: 1 + max(map(max, processes)))
+        return [rows.tolist() for rows in partitioning.shares(8, MESH)]
+
+    assert shares([0], [0], [1], [1]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert shares([1], [0], [0], [1]) == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    # The model divided over two processes each: they read the same.
+    assert shares([0, 1], [0, 1], [2, 3], [2, 3]) == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
+
+
+def test_one_process_reads_all_rows_and_places_them():
+    mesh = partitioning.make_mesh(1, jax.devices()[:1])
+    assert [rows.tolist() for rows in partitioning.shares(4, mesh)] == [[0, 1, 2, 3]]
+    placed = partitioning.place_whole_batch({"x": np.arange(4)}, mesh)
+    np.testing.assert_array_equal(placed["x"], np.arange(4))
 
 
 def test_every_parameter_of_every_kind_of_network_has_a_place(

@@ -164,7 +164,7 @@ def training(job: Job, devices: Sequence[Any]) -> Program:
         opt_state=jax.eval_shape(trainer.transform.init, layout.trained),
         rng=shaped((2,), np.uint32),  # type: ignore[arg-type]
     )
-    stop = shaped((partitioning.row_shards(mesh),), np.int32)
+    stop = shaped((mesh.size,), np.int32)
     homes = trainer.state_sharding
     held = {
         "base": bytes_per_chip(frozen, trainer.frozen_sharding),

@@ -69,16 +69,16 @@ def check_vocabularies(task: str, model: Any) -> None:
 
 
 def check_splits(
-    tasks: list[str], split: str, shard: seqio.ShardInfo, use_cached: bool = False
+    tasks: list[str], split: str, data_shards: int = 1, use_cached: bool = False
 ) -> None:
-    """Checks that the tasks that have the split have an example in it for each process.
+    """Checks that the tasks that have the split have an example in it for each data shard.
 
     SeqIO leaves the tasks without the split out of a mixture. A task whose examples are all
     dropped by its preprocessors would be searched for ever; so those are run for one example,
     unless they are known to drop none, because to build them all takes long in a large mixture.
 
     Raises:
-      ValueError: no task has the split, or one has no example in it, or none for this process.
+      ValueError: no task has the split, or one has no example in it, or none for each data shard.
     """
     found = [t for t in tasks if split in seqio.TaskRegistry.get(t).splits]
     if not found:
@@ -92,7 +92,7 @@ def check_splits(
             number = task.source.num_input_examples(split)
             if number is None:
                 ds = task.source.get_dataset(split=split, shuffle=False)
-                number = sum(1 for _ in ds.take(shard.num_shards))
+                number = sum(1 for _ in ds.take(data_shards))
             dropped = number and _may_drop(task) and not _has_any(task, split)
         except (ValueError, OSError) as e:
             raise ValueError(f"task {name!r}, split {split!r}: {e}") from e
@@ -104,10 +104,10 @@ def check_splits(
             raise ValueError(
                 f"task {name!r}: split {split!r} is empty: its preprocessors drop every example."
             )
-        if number < shard.num_shards:
+        if number < data_shards:
             raise ValueError(
                 f"task {name!r}: split {split!r} has {number} example(s), "
-                f"too few for {shard.num_shards} processes."
+                f"too few for data_shards={data_shards}."
             )
 
 
@@ -121,14 +121,13 @@ def _has_any(task: seqio.Task, split: str) -> bool:
     return any(True for _ in ds.take(1))
 
 
-def rows_per_process(batch_size: int, shard: seqio.ShardInfo) -> int:
-    """The rows of a batch that each process reads. Raises ValueError if they do not divide it."""
-    if batch_size < 1 or batch_size % shard.num_shards:
+def check_batch_size(batch_size: int, data_shards: int = 1) -> None:
+    """Raises ValueError if a batch cannot be made of as many streams."""
+    if data_shards < 1 or batch_size < 1 or batch_size % data_shards:
         raise ValueError(
-            f"batch_size={batch_size} must be a positive multiple of the number of processes, "
-            f"{shard.num_shards}, that share the batch."
+            f"batch_size={batch_size} must be a positive multiple of the number of streams that "
+            f"make it, data_shards={data_shards}."
         )
-    return batch_size // shard.num_shards
 
 
 def check_option(name: str, value: Any, known: tuple[str, ...]) -> None:

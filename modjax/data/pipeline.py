@@ -1,12 +1,12 @@
 """Batches: of a mixture for training (mixed, shuffled, packed, resumable), of a task to evaluate.
 
-Legend: `B` rows of a batch that this process reads, `L` length, `S` segments of a row, `F` columns
+Legend: `B` rows of a batch that a process reads, `L` length, `S` segments of a row, `F` columns
 of features. A batch is a dictionary of int32 arrays `[B, L]` under T5X's names, with
 `features [B, S, F]` and `tasks [B, S]`.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +16,11 @@ import tensorflow as tf
 from modjax.data import registry
 from modjax.data.carry import DATASET_KEY, FLAG_BITS, INPUTS_TOO_LONG, TARGETS_TOO_LONG, map_plainly
 from modjax.data.checks import (
+    check_batch_size,
     check_lengths,
     check_option,
     check_splits,
     plain,
-    rows_per_process,
 )
 from modjax.data.converters import (
     Carrying,
@@ -30,13 +30,6 @@ from modjax.data.converters import (
 )
 from modjax.data.iterator import Batch, TrainIterator
 from modjax.features import FeatureSpace, Unknown
-
-
-def this_process() -> seqio.ShardInfo:
-    """This process of a jax job, as a shard."""
-    import jax  # here, so that reading data alone starts no device
-
-    return seqio.ShardInfo(index=jax.process_index(), num_shards=jax.process_count())
 
 
 def train_iterator(
@@ -50,7 +43,9 @@ def train_iterator(
     converter: type[Carrying] = EncDecFeatureConverter,
     pack: bool = True,
     max_segments: int | None = None,
-    shard: seqio.ShardInfo | None = None,
+    data_shards: int = 1,
+    shares: Sequence[Sequence[int]] | None = None,
+    process: int = 0,
     shuffle: bool = True,
     use_cached: bool = False,
     on_too_long: Literal["count", "error"] = "count",
@@ -58,8 +53,8 @@ def train_iterator(
 ) -> TrainIterator:
     """An iterator over a mixture's training batches; the same arguments give the same batches.
 
-    Tasks are mixed by SeqIO's rates. Each process reads its own shard of every task, so that
-    together they see each example once per epoch.
+    Tasks are mixed by SeqIO's rates. Which rows a process reads decides nothing about them, see
+    `modjax.data.iterator`.
 
     Args:
       mixture: a mixture or task.
@@ -71,7 +66,11 @@ def train_iterator(
       converter: of the model, its `converter`.
       pack: several examples in a row, told apart by segment ids.
       max_segments: S when packing, see `converters.default_max_segments`.
-      shard: the part to read; by default that of this process in the jax job.
+      data_shards: streams that the examples are divided into. Those of one are best mixed, but each
+        process then reads all examples; with more, it reads those of its streams.
+      shares: for each process of the job the rows that it reads, ascending, see
+        `partitioning.shares`; by default one process reads all.
+      process: which of them this is.
       shuffle: whether to; examples come in order otherwise.
       use_cached: read SeqIO's offline caches.
       on_too_long: trim an example over the limit and count it in `stats`, or raise.
@@ -79,11 +78,15 @@ def train_iterator(
         up with rows of padding, and a mixture ends with its first exhausted task, as in SeqIO.
 
     Raises:
-      ValueError: batch size and processes do not fit; a length or an option is invalid; a task has
-        no such split or no example in it; a task's features are not in the space.
+      ValueError: batch size and data shards do not fit; a length or an option is invalid; a task
+        has no such split or too few examples in it; a task's features are not in the space.
     """
-    shard = shard or this_process()
-    rows = rows_per_process(batch_size, shard)
+    check_batch_size(batch_size, data_shards)
+    if num_epochs is not None and data_shards > 1:
+        raise ValueError(
+            f"num_epochs={num_epochs} needs data_shards=1, not {data_shards}: streams end apart."
+        )
+    shares = [range(batch_size)] if shares is None else shares
     check_option("on_too_long", on_too_long, ("count", "error"))
     lengths = check_lengths(task_feature_lengths)
     tasks = registry.tasks_of(mixture)
@@ -100,19 +103,20 @@ def train_iterator(
         "shuffle": shuffle,
         "use_cached": use_cached,
         "num_epochs": num_epochs,
+        "data_shards": data_shards,
     }
-    check_splits(tasks, split, shard, use_cached)
+    check_splits(tasks, split, data_shards, use_cached)
     # The key step and the packer have trimmed: checking each example again takes a fifth longer.
     convert = converter(pack, max_segments=max_segments, apply_length_check=False)
 
-    def make_dataset() -> tf.data.Dataset:
+    def make_dataset(stream: int) -> tf.data.Dataset:
         ds = seqio.get_mixture_or_task(mixture).get_dataset(
             lengths,
             split=split,
             use_cached=use_cached,
             shuffle=shuffle,
             seed=seed,
-            shard_info=shard,
+            shard_info=seqio.ShardInfo(index=stream, num_shards=data_shards),
             num_epochs=num_epochs,
             trim_output_features=False,  # the step that adds the key has trimmed
             # It would freeze the order of the first epoch and put whole datasets into checkpoints.
@@ -120,11 +124,11 @@ def train_iterator(
         )
         ds = _only(ds, lengths)
         ds = convert(ds, lengths)
-        ds = ds.batch(rows, drop_remainder=num_epochs is None)
+        ds = ds.batch(batch_size // data_shards, drop_remainder=num_epochs is None)
         return ds.prefetch(4).with_options(_options())
 
     return TrainIterator(
-        make_dataset, table, settings, shard=shard, rows=rows, on_too_long=on_too_long
+        make_dataset, table, settings, shares=shares, process=process, on_too_long=on_too_long
     )
 
 
@@ -137,15 +141,15 @@ def eval_batches(
     batch_size: int,
     converter: type[Carrying] = EncDecFeatureConverter,
     unknown: Unknown = "none",
-    shard: seqio.ShardInfo | None = None,
+    rows: Sequence[int] | None = None,
     use_cached: bool = False,
     on_too_long: Literal["count", "error"] = "count",
     max_examples: int | None = None,
 ) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
     """Every example of a task's split once, in order, not packed.
 
-    In a job of several processes each gets its rows of the same batches, equally many for all, so
-    that they can be computed together.
+    In a job of several processes each gets its rows of the same batches, equally many batches for
+    all, so that they can be computed together.
 
     Args:
       task: a task; go over `registry.tasks_of` for a mixture.
@@ -155,7 +159,7 @@ def eval_batches(
       batch_size: rows of the whole job's batch.
       converter: of the model, its `converter`.
       unknown: what becomes of a value or dataset that the space lacks: "none", id 0, or "error".
-      shard: the part to read; by default that of this process in the jax job.
+      rows: those of each batch that this process reads, ascending; all by default.
       use_cached: read SeqIO's offline caches.
       on_too_long: trim an example over the limit and say so in it, or raise.
       max_examples: only the first so many.
@@ -169,36 +173,36 @@ def eval_batches(
     Raises:
       ValueError: as `train_iterator`; text that is not UTF-8 (task and index are named).
     """
-    shard = shard or this_process()
-    rows = rows_per_process(batch_size, shard)
+    check_batch_size(batch_size)
+    rows = range(batch_size) if rows is None else rows
     check_option("on_too_long", on_too_long, ("count", "error"))
     lengths = check_lengths(task_feature_lengths)
     if registry.tasks_of(task) != [task]:
         raise ValueError(f"{task!r} is a mixture; evaluate its tasks: {registry.tasks_of(task)}.")
     table = KeyTable([task], space if space is not None else FeatureSpace(()), unknown)
-    check_splits([task], split, seqio.ShardInfo(0, 1), use_cached)
+    check_splits([task], split, use_cached=use_cached)
     ds = seqio.TaskRegistry.get(task).get_dataset(
         lengths, split=split, use_cached=use_cached, shuffle=False, seed=0, try_in_mem_cache=False
     )
     if max_examples is not None:
         ds = ds.take(max_examples)
     pairs = converter(pack=False).keeping(ds, lengths).with_options(_options()).prefetch(batch_size)
-    return _eval_batches(pairs, task, table, lengths, shard, rows, on_too_long)
+    return _eval_batches(pairs, task, table, lengths, batch_size, rows, on_too_long)
 
 
-def _eval_batches(pairs, task, table, lengths, shard, rows, on_too_long):
+def _eval_batches(pairs, task, table, lengths, batch_size, rows, on_too_long):
     examples = enumerate(_readable(pairs))
     # All processes go over all examples, so that all know where the last batch is.
-    while chunk := list(itertools.islice(examples, rows * shard.num_shards)):
-        mine = chunk[shard.index * rows :][:rows]
+    while chunk := list(itertools.islice(examples, batch_size)):
+        mine = [chunk[row] for row in rows if row < len(chunk)]
         like, _ = chunk[0][1]
-        batch = {k: np.zeros((rows, *v.shape), v.dtype) for k, v in like.items()}
+        batch = {k: np.zeros((len(rows), *v.shape), v.dtype) for k, v in like.items()}
         for i, (_, (model_features, _)) in enumerate(mine):
             for k, v in model_features.items():
                 batch[k][i] = v
         found = table.rows(batch.pop(DATASET_KEY))
         batch |= {"features": table.features[found], "tasks": table.tasks[found]}
-        batch["valid"] = np.arange(rows) < len(mine)
+        batch["valid"] = np.arange(len(rows)) < len(mine)
         readable = [_example(task, index, ex) for index, (_, ex) in mine]
         if on_too_long == "error":
             for ex in readable:
@@ -275,7 +279,7 @@ def packed_and_not(
     lengths = check_lengths(task_feature_lengths)
     tasks = registry.tasks_of(mixture)
     table = KeyTable(tasks, space if space is not None else FeatureSpace(()))
-    check_splits(tasks, split, seqio.ShardInfo(0, 1))
+    check_splits(tasks, split)
     ds = seqio.get_mixture_or_task(mixture).get_dataset(
         lengths, split=split, shuffle=False, seed=seed, num_epochs=None
     )

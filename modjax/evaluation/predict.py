@@ -12,7 +12,7 @@ from modjax import partitioning
 from modjax.evaluation import batching
 
 Batch = dict[str, np.ndarray]
-# Takes this process's rows of a batch [B / processes, ...], gives the tokens [B, L] of all rows.
+# Takes a batch [B, ...], the same in every process, gives the tokens [B, L] of all rows to each.
 PredictFn = Callable[[Batch], Any]
 
 # What a batch's cost goes by: the first of these names that a batch has.
@@ -56,7 +56,7 @@ def predictor(
         calls += 1
         if mesh is None:
             return step(params, batch, rng)
-        return step(params, partitioning.place_batch(batch, mesh), rng)
+        return step(params, partitioning.place_whole_batch(batch, mesh), rng)
 
     return predict
 
@@ -77,7 +77,7 @@ def scorer(
     step = jax.jit(compute, out_shardings=out)
 
     def score(batch: Batch) -> jax.Array:
-        return step(params, batch if mesh is None else partitioning.place_batch(batch, mesh))
+        return step(params, batch if mesh is None else partitioning.place_whole_batch(batch, mesh))
 
     return score
 
@@ -104,14 +104,11 @@ def predict_all(
     """The predicted tokens of each example, in the examples' order.
 
     Args:
-      predict_fn: called with batches of this process's rows.
+      predict_fn: called with batches.
       arrays: model features by name, `[N, ...]`.
       batch_size: rows of the whole job's batch.
       padded_lengths: how many input lengths are compiled for.
       progress: told after each batch how many examples are done, of how many.
-
-    Raises:
-      ValueError: batch size and processes do not fit.
     """
     texts, targets = (next(n for n in names if n in arrays) for names in (INPUTS, OUTPUTS))
     inputs = token_counts(arrays[texts])
@@ -130,10 +127,6 @@ def _run(
     progress: Callable[[int, int], None] | None,
 ) -> list[np.ndarray]:
     """What `function` gives for each example of batches (indices, length of the arrays named in `cut`)."""
-    count, process = jax.process_count(), jax.process_index()
-    if batch_size < 1 or batch_size % count:
-        raise ValueError(f"The batch of {batch_size} does not divide over {count} processes.")
-    rows = batch_size // count
     found: list[np.ndarray] = [np.zeros(0, np.int32)] * sum(len(indices) for indices, _ in batches)
     flying: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
     done = 0
@@ -149,7 +142,7 @@ def _run(
 
     for indices, length in batches:
         # A batch that is not full repeats an example: empty rows would be decoded to the end.
-        filled = np.resize(indices, batch_size)[process * rows :][:rows]
+        filled = np.resize(indices, batch_size)
         batch = {name: values[filled] for name, values in arrays.items()}
         batch |= {name: batch[name][:, :length] for name in cut if name in batch}
         flying.append((indices, function(batch)))

@@ -1,8 +1,8 @@
 """Evaluation of a model on the datasets of a mixture: predictions, metrics, rows of results.
 
 `read` the examples once, then `evaluate` as many models on them as there are. In a job of several
-processes all of them read all examples, each predicts its rows of every batch, all learn every
-prediction, and process 0 writes.
+processes all of them read all examples, the devices of each predict their rows of every batch, all
+learn every prediction, and process 0 writes.
 """
 
 import collections
@@ -130,7 +130,6 @@ def _read(
             batch_size=256,
             converter=converter,
             unknown=unknown,
-            shard=seqio.ShardInfo(index=0, num_shards=1),
             use_cached=use_cached,
             max_examples=max_examples,
         )
@@ -177,8 +176,7 @@ def evaluate(
       progress: told after each batch how many examples are done, of how many.
 
     Raises:
-      ValueError: a dataset has no setting; a setting or feature to switch off does not exist; batch
-        size and processes do not fit.
+      ValueError: a dataset has no setting; a setting or feature to switch off does not exist.
     """
     for name in examples.datasets:
         if name not in settings:

@@ -65,7 +65,6 @@ def temporary():
 
 def iterate(mixture="pl_mix", space=None, **kwargs):
     kwargs = {"batch_size": 4, "seed": 0, "task_feature_lengths": LENGTHS, **kwargs}
-    kwargs.setdefault("shard", seqio.ShardInfo(0, 1))
     space = space or registry.feature_space(mixture)
     return pipeline.train_iterator(mixture, "train", space, **kwargs)
 
@@ -179,25 +178,140 @@ def test_a_lost_state_is_made_up_for_and_a_damaged_or_foreign_position_refused(t
         iterator.restore(str(tmp_path))
 
 
-def test_another_number_of_processes_goes_on_at_the_same_batch(tmp_path):
-    one = iterate("pl_b", pack=False)
+# Rows of each process: as meshes give them, in parts, and where two processes hold the same.
+SHARES = {
+    "one": [[0, 1, 2, 3]],
+    "two": [[0, 1], [2, 3]],
+    "four": [[0], [1], [2], [3]],
+    "apart": [[0, 2], [1, 3]],
+    "shared": [[0, 1], [0, 1], [2, 3], [2, 3]],
+}
+
+
+def job(shares, data_shards, mixture="pl_b"):
+    """The iterators of all processes of a job."""
+    options = {"shares": SHARES[shares], "data_shards": data_shards, "max_segments": 3}
+    return [iterate(mixture, process=i, **options) for i in range(len(SHARES[shares]))]
+
+
+def whole(iterators, shares):
+    """The next batch of a job; processes that hold the same rows agree on them."""
+    rows = SHARES[shares]
+    parts = [next(iterator) for iterator in iterators]
+    batch = {k: np.full((4, *v.shape[1:]), -1) for k, v in parts[0].items()}
+    for mine, part in zip(rows, parts, strict=True):
+        for name, value in part.items():
+            there = batch[name][mine]
+            np.testing.assert_array_equal(np.where(there == -1, value, there), value)
+            batch[name][mine] = value
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("mixture", "data_shards", "jobs", "readers"),
+    [
+        ("pl_ab", 1, ("two", "apart"), [[0], [0]]),
+        ("pl_b", 2, ("shared", "two"), [[0], [1]]),
+        ("pl_b", 4, ("two",), [[0, 1], [2, 3]]),
+    ],
+)
+def test_any_number_of_processes_makes_the_same_batches_and_resumes_any_other(
+    tmp_path, mixture, data_shards, jobs, readers
+):
+    one = job("one", data_shards, mixture)
+    expected = [whole(one, "one") for _ in range(6)]
+    assert all((batch["tasks"][:, 0] > 0).all() for batch in expected)
+    for number, shares in enumerate(jobs):
+        iterators = job(shares, data_shards, mixture)
+        if shares == "two":
+            assert [it.streams for it in iterators] == readers
+        if number:
+            assert {it.restore(str(tmp_path / f"{number - 1}")) for it in iterators} == {"exact"}
+            assert {it.position for it in iterators} == {2 * number}
+        for batch in expected[2 * number :][:2]:
+            assert same(whole(iterators, shares), batch)
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        for i, iterator in enumerate(iterators):
+            iterator.save(str(tmp_path / f"{number}_{i}"))
+            for path in (tmp_path / f"{number}_{i}").iterdir():
+                assert not (folder / path.name).exists()  # one process writes a stream
+                path.rename(folder / path.name)
+        written = sorted(path.name for path in folder.glob("*.json"))
+        assert written == [f"position_{v}_of_{data_shards}.json" for v in range(data_shards)]
+
+
+def test_what_was_read_is_counted_by_stream_and_restored_with_it(tmp_path):
+    two = job("two", 2)
+    for _ in range(4):
+        whole(two, "two")
+    for iterator in two:
+        iterator.save(str(tmp_path))
+    (one,) = job("one", 2)
+    one.restore(str(tmp_path))
+    found, parts = one.stats, [it.stats for it in two]
+    assert found["examples"]["pl_b"] == sum(part["examples"]["pl_b"] for part in parts) > 0
+    assert found["batches"] == 4
+    assert found["padding"] == pytest.approx(sum(part["padding"] for part in parts) / 2)
+
+
+def test_positions_of_processes_with_a_shard_each_are_positions_of_streams(tmp_path):
+    """As they were written before streams: a folder per process, and no `data_shards` in the settings."""
+    (one,) = job("one", 2)
     for _ in range(3):
         next(one)
     one.save(str(tmp_path))
-    half = iterate("pl_b", pack=False, shard=seqio.ShardInfo(1, 2))
-    assert half.restore(str(tmp_path)) == "skipped" and half.position == 3
+    for number in range(2):
+        folder = tmp_path / f"process_{number}_of_2"
+        folder.mkdir()
+        for path in tmp_path.glob(f"position_{number}_of_2.*"):
+            path.rename(folder / path.name)
+        path = folder / f"position_{number}_of_2.json"
+        data = json.loads(path.read_text())
+        del data["settings"]["data_shards"]
+        path.write_text(json.dumps(data))
+    after = next(one)
+    (again,) = job("one", 2)
+    assert again.restore(str(tmp_path)) == "exact"
+    assert same(next(again), after)
+    with pytest.raises(ValueError, match="data_shards was 2 and is 1. A run keeps its data_shards"):
+        job("one", 1)[0].restore(str(tmp_path))
+
+
+def test_a_position_without_one_of_its_streams_is_refused(tmp_path):
+    iterators = job("two", 2)
+    for number, iterator in enumerate(iterators):
+        next(iterator)
+        iterator.save(str(tmp_path))
+        if number == 0:
+            with pytest.raises(ValueError, match="lacks stream 1 of 2"):
+                iterators[1].restore(str(tmp_path))
+    next(iterators[1])
+    iterators[1].save(str(tmp_path))
+    with pytest.raises(ValueError, match=r"damaged: their streams are at \[1, 2\]"):
+        job("one", 2)[0].restore(str(tmp_path))
 
 
 @pytest.mark.parametrize("task", ["pl_a", "pl_c"])
 def test_two_processes_see_each_example_once_per_epoch(task):
     seen = collections.Counter()
     for index in range(2):
-        iterator = iterate(task, shard=seqio.ShardInfo(index, 2), num_epochs=1, pack=False)
+        iterator = iterate(
+            task, shares=SHARES["two"], process=index, num_epochs=1, pack=False, shuffle=False
+        )
         for batch in iterator:
             assert batch["encoder_input_tokens"].shape == (2, 24)
             seen.update(text for text, _, _ in texts(batch))
     number = {"pl_a": 40, "pl_c": 30}[task]
     assert seen == {f"{task[-1]}{i}": 1 for i in range(number)}
+
+
+def test_streams_share_out_the_examples_of_an_epoch():
+    iterator = iterate("pl_b", data_shards=2, pack=False)
+    seen = collections.Counter()
+    for _ in range(5):
+        seen.update(text for text, _, _ in texts(next(iterator)))
+    assert len(seen) == 20 and set(seen.values()) == {1}
 
 
 def test_epochs_differ_in_order_and_not_in_content():
@@ -265,8 +379,8 @@ def test_empty_and_missing_splits_are_errors_that_name_the_task(temporary):
     for name in ("pl_none", "pl_none2"):
         with pytest.raises(ValueError, match=f"task '{name}'.*[Ss]plit 'train' is empty"):
             iterate(name)
-    with pytest.raises(ValueError, match="'pl_few': split 'train' has 1 example.*2 processes"):
-        iterate("pl_few", shard=seqio.ShardInfo(0, 2))
+    with pytest.raises(ValueError, match="'pl_few': split 'train' has 1 example.*data_shards=2"):
+        iterate("pl_few", data_shards=2)
     with pytest.raises(ValueError, match="'pl_filtered': split 'train' is empty: its preproc"):
         iterate("pl_filtered")
     with pytest.raises(ValueError, match="split 'tran'.*Did you mean 'train'"):
@@ -276,8 +390,10 @@ def test_empty_and_missing_splits_are_errors_that_name_the_task(temporary):
 
 
 def test_what_cannot_work_is_refused_before_anything_is_read(temporary):
-    with pytest.raises(ValueError, match="batch_size=5.*number of processes, 2"):
-        iterate(batch_size=5, shard=seqio.ShardInfo(0, 2))
+    with pytest.raises(ValueError, match="batch_size=5.*data_shards=2"):
+        iterate(batch_size=5, data_shards=2)
+    with pytest.raises(ValueError, match="num_epochs=1 needs data_shards=1, not 2"):
+        iterate(data_shards=2, num_epochs=1)
     for lengths in ({"inputs": 8}, {"inputs": 8, "targets": 0}, {"inputs": 8, "targets": 2.5}):
         with pytest.raises(ValueError, match="task_feature_lengths"):
             iterate(task_feature_lengths=lengths)

@@ -384,7 +384,6 @@ def test_the_position_of_an_input_with_such_a_vocabulary_is_stored(task, tmp_pat
             task_feature_lengths={"inputs": 150, "targets": 150},
             batch_size=2,
             seed=0,
-            shard=seqio.ShardInfo(0, 1),
         )
 
     one, two = iterate(), iterate()

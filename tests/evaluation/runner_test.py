@@ -270,29 +270,6 @@ def test_what_is_written_can_be_read_and_only_the_first_process_writes(
     assert not (tmp_path / "two").exists()
 
 
-def test_processes_predict_their_rows_and_all_get_all_tokens(examples, monkeypatch):
-    alone = evaluate(examples)
-    # What the two processes of a job hand in, one after the other; a batch needs both.
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    halves = {0: [], 1: []}
-    for process, seen in halves.items():
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-
-        def note(batch, seen=seen):
-            seen.append(batch)
-            return np.zeros((4, 12), np.int32)
-
-        evaluate(examples, note)
-    pairs = zip(*halves.values(), strict=True)
-    whole = iter([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in pairs])
-    copier = Copier()
-    found = evaluate(examples, lambda own: copier(next(whole)))
-    assert (found.rows, found.predictions) == (alone.rows, alone.predictions)
-    assert {len(batch["features"]) for batch in halves[0]} == {2}
-    with pytest.raises(ValueError, match="batch of 5 does not divide over 2 processes"):
-        evaluate(examples, batch_size=5)
-
-
 def test_progress_counts_examples_once(examples):
     told = []
     evaluate(examples, progress=lambda *args: told.append(args))

@@ -148,7 +148,7 @@ class Job:
         frozen = partitioning.place(self.frozen, made.frozen_sharding)
         state = made.init_state(self.trained, 0)
         rows = partitioning.place_batch(self.batch, mesh)
-        stop = np.zeros(partitioning.row_shards(mesh), np.int32)
+        stop = np.zeros(mesh.size, np.int32)
         done = 0
         if "resume" in options:
             done = STEPS - 1

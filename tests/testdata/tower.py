@@ -64,7 +64,8 @@ class Batches:
         return {name: np.split(rows, self.count)[self.index] for name, rows in batch.items()}
 
     def save(self, directory):
-        np.save(os.path.join(directory, "position.npy"), self.position)
+        if self.index == 0:
+            np.save(os.path.join(directory, "position.npy"), self.position)
 
     def restore(self, directory):
         self.position = int(np.load(os.path.join(directory, "position.npy")))

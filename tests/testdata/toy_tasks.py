@@ -31,3 +31,4 @@ for _task in ("copy", "turn"):
 registry.add_mixture("toy_copy", ["toy_copy_en"])
 registry.add_mixture("toy", [f"toy_{t}_{c}" for t in ("copy", "turn") for c in ("en", "sw")])
 registry.add_mixture("toy_without_turn_sw", ["toy_copy_en", "toy_copy_sw", "toy_turn_en"])
+registry.add_mixture("toy_turn", ["toy_turn_en", "toy_turn_sw"])
