@@ -32,7 +32,8 @@ def enable(flag: str | None = None) -> str | None:
     import jax
 
     # What the process has set in jax is what it wants; jax has read the variable itself.
-    path = folder(flag or jax.config.jax_compilation_cache_dir or None, os.environ)
+    set_already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    path = folder(flag or set_already or None, os.environ)
     if path is not None and "://" not in path:
         path = os.path.abspath(os.path.expanduser(path))
         reason = _unusable(path)

@@ -138,6 +138,8 @@ def run(
     bindings: list[mistakes.Binding] = []
     try:
         flags = parse_flags(argv, description)
+        if "--profile" in argv and entry != "train":
+            raise ConfigError("--profile is a flag of train.py, which traces steps of training")
         start_processes(flags)
         compilation_cache.enable(flags.compilation_cache)
         load_gin(flags, entry)

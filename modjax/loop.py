@@ -182,7 +182,10 @@ class _Reader:
     @property
     def idle(self) -> bool:
         """Whether no step is in flight."""
-        return not self._pending or self._pending[-1][1]["loss"].is_ready()
+        if not self._pending:
+            return True
+        newest: Any = self._pending[-1][1]["loss"]
+        return bool(newest.is_ready())
 
     def leave_out(self, seconds: float) -> None:
         """Takes time that was not spent training from the next log line."""

@@ -148,7 +148,7 @@ class Spent:
     """
 
     def __init__(self) -> None:
-        self.seconds: collections.Counter[str] = collections.Counter()
+        self.seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         self.steps = 0
         self.tokens = 0.0
         self._began = time.monotonic()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax import loop, profiling
+from modjax import launch, loop, profiling
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "testdata"))
 from tower import Batches, make  # noqa: E402
@@ -80,7 +80,7 @@ def test_mfu_is_of_the_time_spent_training():
     spent = profiling.Spent()
     spent.steps, spent.tokens = 10, 500.0
     spent._began = time.monotonic() - 25.0
-    spent.seconds.update(compilation=10.0, checkpoints=3.0, evaluation=2.0, input=1.0)
+    spent.seconds |= dict(compilation=10.0, checkpoints=3.0, evaluation=2.0, input=1.0)
     chips = [types.SimpleNamespace(device_kind="TPU v4")] * 2
     text = spent.describe(
         275e12, chips
@@ -160,3 +160,8 @@ def test_the_trace_holds_its_steps_and_no_others(tmp_path):
         if event.name == "train"
     ]
     assert sorted(found) == [2, 3, 4]
+
+
+def test_the_flag_is_refused_where_nothing_is_trained(capsys):
+    assert launch.run(["--profile"], "test", "eval", lambda **_: None) == 2
+    assert "--profile is a flag of train.py" in capsys.readouterr().err
