@@ -32,6 +32,7 @@ from modjax import (
     logging,
     optimizers,
     partitioning,
+    profiling,
     provenance,
 )
 from modjax.features import FeatureSpace
@@ -72,6 +73,8 @@ def train(
     eval_mixture: str | None = None,
     eval_split: str = "validation",
     tensorboard: bool = True,
+    profile: bool = False,
+    profile_steps: tuple[int, int] = (10, 5),
     export_dir: str | None = None,
     operative_config: Callable[[], str] = str,
 ) -> TrainState:
@@ -103,6 +106,8 @@ def train(
       checkpoint_start: save the start of the run, too, as step 0.
       eval_period, eval_steps: every so many steps, loss and accuracy on so many batches of each
         task of `eval_mixture` (default: the mixture trained on) and `eval_split`; 0 for never.
+      profile, profile_steps: whether a trace is written to MODEL_DIR/profile, and after how many steps of this run, of
+        how many.
       export_dir: where the base is written at the end, if all of it was trained.
       operative_config: gives the text that is kept with the checkpoints and as
         MODEL_DIR/config.gin.
@@ -233,13 +238,23 @@ def train(
     writer = logging.MetricWriter(
         os.path.join(model_dir, "train"), first, tensorboard, begin if own else None
     )
+    trace = None
+    if profile:
+        folder = os.path.join(model_dir, "profile")
+        trace = profiling.Trace(folder, *profile_steps, train_steps - begin)
     progress = logging.Progress(train_steps, begin, first)
     origin = f"resuming at step {begin}" if begin else f"from {source}" if source else "fresh"
     progress.say(
         f"{_describe(model, layout)}\ntraining on {mixture_or_task_name}, {origin}, to step "
-        f"{train_steps}, on {jax.device_count()} {jax.devices()[0].platform} device(s) of "
-        f"{jax.process_count()} process(es)"
+        f"{train_steps}, on {profiling.describe_job(mesh, state, frozen)}"
     )
+    spent = profiling.Spent()
+    steps: list[profiling.Program] = []
+
+    def begun(program: profiling.Program) -> None:
+        steps.append(program)
+        progress.say(f"{program.describe()}, compiled in {spent.seconds['compilation']:.1f}s")
+
     eval_writers: dict[str, logging.MetricWriter] = {}
     told: list[int] = []
 
@@ -279,15 +294,20 @@ def train(
                 )
             eval_writers[task].write(step, logging.summarize(sums))
 
+    def batches() -> Iterator[Any]:
+        for batch in iterator:
+            checks.check_ids(batch, getattr(model.network, "config", None), space)
+            yield batch
+
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        for closing in (progress, writer, checkpointer):
+        for closing in (progress, writer, checkpointer, *([trace] if trace else [])):
             stack.callback(closing.close)
         state, step = fit(
             trainer,
             state,
             frozen,
-            iterator,
+            batches(),
             train_steps,
             log_every=log_period,
             log=log,
@@ -296,7 +316,12 @@ def train(
             eval_every=eval_period if eval_steps else 0,
             evaluate=evaluate,
             stop=stop,
+            begin=begun,
+            spent=spent,
+            trace=trace,
         )
+        if steps:
+            progress.say(spent.describe(steps[0].flops, mesh.devices.flatten()))
     for eval_writer in eval_writers.values():
         eval_writer.close()
     if step < train_steps:
@@ -355,6 +380,8 @@ def _eval_batches(
     batch_size: int,
     rows: Sequence[int],
 ) -> Iterator[Any]:
+    from modjax.data import checks
+
     batches = pipeline.eval_batches(
         task,
         split,
@@ -365,6 +392,7 @@ def _eval_batches(
         converter=model.converter,
     )
     for batch, _ in batches:
+        checks.check_ids(batch, getattr(model.network, "config", None), space)
         yield {name: rows for name, rows in batch.items() if name != "valid"}
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import modjax
-from modjax import mistakes, processes
+from modjax import compilation_cache, mistakes, processes
 from modjax.errors import ConfigError, nearest
 
 # What a binding on the command line may name without an import of its own.
@@ -57,6 +57,7 @@ class Flags:
         `gin_configs`.
       coordinator_address, process_count, process_index: of a multi-host job, None where they are
         to be found, see `modjax.processes`.
+      compilation_cache: a folder for compiled programs, see `modjax.compilation_cache`.
     """
 
     gin_files: tuple[str, ...]
@@ -65,11 +66,12 @@ class Flags:
     coordinator_address: str | None = None
     process_count: int | None = None
     process_index: int | None = None
+    compilation_cache: str | None = None
 
 
 def parse_flags(argv: Sequence[str], description: str) -> Flags:
-    """Reads --gin_file=F (repeated), --gin.NAME=VALUE, --gin_search_paths=A,B and the flags of
-    multi-host jobs.
+    """Reads --gin_file=F (repeated), --gin.NAME=VALUE, --gin_search_paths=A,B, --profile, --compilation_cache=F
+    and the flags of multi-host jobs.
 
     Raises:
       ConfigError: an unknown flag.
@@ -80,6 +82,8 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     parser.add_argument("--coordinator_address", help="HOST:PORT of process 0")
     parser.add_argument("--process_count", type=int, help="1: run alone")
     parser.add_argument("--process_index", type=int, help="from 0")
+    parser.add_argument("--compilation_cache", help="folder of compiled programs, or off")
+    parser.add_argument("--profile", action="store_true", help="a trace in MODEL_DIR/profile")
     parser.add_argument("--traceback", action="store_true", help="where a mistake was found")
     parser.epilog = (
         "--gin.NAME=VALUE sets a macro or a parameter; VALUE is Python ('text' in quotes)."
@@ -92,6 +96,8 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
         if match is None:
             raise ConfigError(f"unknown flag {text!r}.{nearest(text.split('=')[0], known)}")
         bindings.append(f"{match[1]} = {match[2]}")
+    if args.profile:
+        bindings.append("train.train.profile = True")
     return Flags(
         tuple(args.gin_file),
         tuple(bindings),
@@ -99,6 +105,7 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
         args.coordinator_address,
         args.process_count,
         args.process_index,
+        args.compilation_cache,
     )
 
 
@@ -129,7 +136,10 @@ def run(
     bindings: list[mistakes.Binding] = []
     try:
         flags = parse_flags(argv, description)
+        if "--profile" in argv and entry != "train":
+            raise ConfigError("--profile is a flag of train.py, which traces steps of training")
         start_processes(flags)
+        compilation_cache.enable(flags.compilation_cache)
         load_gin(flags, entry)
         bindings = list(_bindings(flags))
         for other in instead:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from modjax import partitioning
+from modjax import partitioning, profiling
 from modjax.trainer import Batch, Trainer, TrainState
 
 IN_FLIGHT = 4
@@ -71,6 +71,9 @@ def fit(
     eval_every: int = 0,
     evaluate: Callable[[int, TrainState], None] | None = None,
     stop: StopSignal | None = None,
+    begin: Callable[[profiling.Program], None] | None = None,
+    spent: profiling.Spent | None = None,
+    trace: profiling.Trace | None = None,
 ) -> tuple[TrainState, int]:
     """Trains until `train_steps` steps are done in all, or until asked to stop.
 
@@ -79,6 +82,9 @@ def fit(
       log: called with a step and the sums since the last call, `seconds` and `steps` added.
       save: called every `save_every` steps, and with the last state (also when stopped).
       evaluate: called every `eval_every` steps, and at the end unless stopped.
+      begin: called with the compiled step before it runs for the first time.
+      spent: is told where the time goes.
+      trace: of some of the steps.
 
     Returns:
       The last state and its step.
@@ -87,8 +93,9 @@ def fit(
       NonFiniteLossError: names the step.
       ValueError: if the input ends before the training does.
     """
-    step = int(jax.device_get(state.step))
-    reader = _Reader(step, log_every, log)
+    first = step = int(jax.device_get(state.step))
+    spent = profiling.Spent() if spent is None else spent
+    reader = _Reader(step, log_every, log, spent)
     flags = [_flag(trainer.mesh, value) for value in (0, 1)]
     saved = step
 
@@ -96,18 +103,32 @@ def fit(
         nonlocal saved
         if save is not None and saved != step:
             reader.drain()
-            save(step, state)
+            with spent.on("checkpoints"):
+                save(step, state)
             saved = step
 
+    program = None
     while step < train_steps:
+        if trace is not None and trace.due(step - first):
+            reader.drain()
+            trace.turn()
+        asking = time.monotonic()
         try:
             batch = partitioning.place_batch(next(batches), trainer.mesh)
         except StopIteration:
             raise ValueError(
                 f"the input ended at step {step} of {train_steps}: let it repeat, or train less"
             ) from None
+        if reader.idle:
+            spent.seconds["input"] += time.monotonic() - asking
         asked = stop is not None and stop.received is not None
-        state, scalars = trainer.train_step(state, frozen, batch, flags[asked])
+        if program is None:
+            with spent.on("compilation"):
+                program = trainer.program(state, frozen, batch, flags[asked])
+            if begin is not None:
+                begin(program)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, scalars = program.call(state, frozen, batch, flags[asked])
         step += 1
         reader.push(step, scalars)
         # One process knows at once. Several follow the flag that the step itself brought to all of
@@ -120,9 +141,12 @@ def fit(
         if eval_every and evaluate is not None and (step % eval_every == 0 or step == train_steps):
             reader.drain()
             began = time.monotonic()
-            evaluate(step, state)
+            with spent.on("evaluation"):
+                evaluate(step, state)
             reader.leave_out(time.monotonic() - began)
     reader.drain()
+    if trace is not None:
+        trace.close()
     keep(step)
     return state, step
 
@@ -140,14 +164,27 @@ class _Reader:
     """
 
     def __init__(
-        self, step: int, every: int, log: Callable[[int, dict[str, float]], None] | None
+        self,
+        step: int,
+        every: int,
+        log: Callable[[int, dict[str, float]], None] | None,
+        spent: profiling.Spent,
     ) -> None:
         self.stopped = False
+        self._spent = spent
         self._every, self._log = every, log
         self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._totals: dict[str, float] = {}
         self._steps = 0
         self._clock = time.monotonic()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no step is in flight."""
+        if not self._pending:
+            return True
+        newest: Any = self._pending[-1][1]["loss"]
+        return bool(newest.is_ready())
 
     def leave_out(self, seconds: float) -> None:
         """Takes time that was not spent training from the next log line."""
@@ -173,6 +210,8 @@ class _Reader:
                 raise NonFiniteLossError(step, what)
         self.stopped |= bool(values.pop("stop"))
         self._steps += 1
+        self._spent.steps += 1
+        self._spent.tokens += values.get("tokens", 0.0)
         for name, value in values.items():
             if name.startswith("learning_rate"):
                 self._totals[name] = value

@@ -17,7 +17,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from modjax import optimizers, partitioning
+from modjax import optimizers, partitioning, profiling
 
 Batch = Mapping[str, Any]
 Sums = dict[str, Any]
@@ -164,6 +164,7 @@ class Trainer:
     ):
         self.mesh = mesh
         self.microbatches = microbatches
+        self._programs: dict[Any, profiling.Program] = {}
         self.transform = optimizer.build(trained, lazy)
         mine = traverse_util.flatten_dict(dict(trained), sep="/")
         factors = traverse_util.flatten_dict(dict(rates or {}), sep="/")
@@ -203,6 +204,17 @@ class Trainer:
         self.eval_step = jax.jit(
             evaluate, in_shardings=(homes, self.frozen_sharding, rows), out_shardings=whole
         )
+
+    def program(
+        self, state: TrainState, frozen: Any, batch: Batch, stop: jax.Array
+    ) -> profiling.Program:
+        """The training step, compiled for batches like this one; compiled once for each shape."""
+        key = tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
+        if key not in self._programs:
+            self._programs[key] = profiling.compile_program(
+                self.train_step, state, frozen, batch, stop
+            )
+        return self._programs[key]
 
     def init_state(self, trained: Any, seed: int) -> TrainState:
         """The state at step 0 for trained parameters that lie on the host or the devices."""

@@ -8,6 +8,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# Where a test wants compiled programs to be kept, it says so; none goes to the user's cache.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

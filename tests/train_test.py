@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 
@@ -275,3 +276,29 @@ def test_adamixs_modules_that_no_step_drew_are_where_they_started(pretrained, tm
     again = train(*files, MODEL_DIR=tmp_path / "part", TRAIN_STEPS=3, **options)
     for path, value in again.items():
         np.testing.assert_array_equal(value, whole[path])
+
+
+def test_a_run_tells_what_a_step_costs_and_where_time_went_and_traces_some_steps(
+    pretrained, tmp_path, capsys
+):
+    folder, _ = pretrained
+    flags = argv(
+        *FLIX,
+        TRAIN_STEPS=6,
+        MODEL_DIR=tmp_path / "run",
+        BASE=folder / "base",
+        train__train__profile_steps=(2, 3),
+    )
+    assert launch.run([*flags, "--profile"], "test", "train", __import__("train").train) == 0
+    told = capsys.readouterr().err
+    assert "1 device(s) cpu, 1 process(es), mesh data 1" in told and "optimizer" in told
+    assert re.search(
+        r"a step: [\d.e+]+ FLOPs in matrix products; expected memory .* compiled", told
+    )
+    assert re.search(r"6 step\(s\) in .*compilation .*checkpoints .*evaluation .*input", told)
+    assert "MFU unknown" in told and "tokens/s" in told
+    (file,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = (event for plane in planes for line in plane.lines for event in line.events)
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert sorted(steps) == [2, 3, 4]

@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from modjax.data import vocabularies
 from modjax.data.carry import DATASET_KEY, keeps_every_example
 from modjax.errors import nearest
+from modjax.features import FeatureSpace
 
 
 def check_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
@@ -66,6 +68,40 @@ def check_vocabularies(task: str, model: Any) -> None:
             "seqio.Feature(vocabulary, add_eos=False), unless the base was trained so.",
             stacklevel=2,
         )
+
+
+def check_ids(
+    batch: Mapping[str, np.ndarray], network_config: Any, space: FeatureSpace | None
+) -> None:
+    """Checks that a batch's tokens have rows in the network's embedding; others would be NaN, and a loss that is.
+
+    A task whose vocabulary fits (`check_vocabularies`) may still make others, in its preprocessors or its cache.
+
+    Args:
+      batch: host arrays; those named `*_tokens` are looked at, of others nothing is known.
+      network_config: as in `vocabularies.check_fits`.
+      space: names the datasets behind the batch's `tasks`, if there is one.
+
+    Raises:
+      ValueError: names the array, the token, and the datasets of its row.
+    """
+    rows = getattr(network_config, "vocab_size", None)
+    if rows is None:
+        return
+    last = rows - 1 + getattr(network_config, "token_offset", 0)
+    for name, tokens in batch.items():
+        if not name.endswith("_tokens") or not tokens.size:
+            continue
+        if tokens.min() < 0 or tokens.max() > last:
+            row, column = np.argwhere((tokens < 0) | (tokens > last))[0]
+            names = space.datasets if space is not None else ()
+            ids = batch["tasks"][row] if "tasks" in batch else ()
+            found = [names[i - 1] for i in ids if 0 < i <= len(names)]
+            where = f" in a row of {', '.join(dict.fromkeys(found))}" if found else ""
+            raise ValueError(
+                f"{name} holds token {tokens[row, column]}{where}, and the base has embeddings for tokens 0 to {last}: "
+                "a preprocessor makes, or a cache of the task holds, tokens that its vocabulary does not have."
+            )
 
 
 def check_splits(

@@ -15,8 +15,13 @@ import jax.numpy as jnp
 Array = jax.Array
 
 # Leaves that T5X's layers keep once for the whole batch although they have a leading axis: never
-# expanded, never picked.
-_SHARED_LEAVES = (["cached_bias"], ["position_embedder_index"])
+# expanded, never picked. And what our layers keep once for all beams of an example.
+_SHARED_LEAVES = (
+    ["cached_bias"],
+    ["position_embedder_index"],
+    ["shared_key"],
+    ["shared_value"],
+)
 # T5X's name for the layer that attends to the encoder. What it caches is the same in all beams of
 # an example: it is expanded, but picking beams would copy it onto itself at every step.
 _BEAM_INVARIANT_LAYER = "encoder_decoder_attention"
@@ -104,8 +109,9 @@ def _has_rows(names: list[str], leaf: Any, offset: int) -> bool:
 def expand_cache(cache: Any, batch_size: int, beam_size: int, offset: int = 0) -> Any:
     """A cache of B examples as the flat cache of `B * beam_size` rows.
 
-    Left as they are: leaves with at most `offset` axes (`cache_index` when it is one number) and
-    T5X's `cached_bias` and `position_embedder_index`.
+    Left as they are: leaves with at most `offset` axes (`cache_index` when it is one number),
+    T5X's `cached_bias` and `position_embedder_index`, and `shared_key` and `shared_value`, which
+    all beams of an example read as they are.
 
     Args:
       cache: nested dictionary of arrays `[B, ...]`, or `[layers, B, ...]` with `offset=1` (a

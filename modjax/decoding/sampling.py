@@ -261,7 +261,7 @@ def _choose(
         return jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
 
     def greedy() -> tuple[Array, Array]:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = _likeliest(logits)
         certain = jnp.zeros(token.shape, jnp.float32)
         return token, certain if rescale else log_prob_of(token, logits)
 
@@ -283,6 +283,20 @@ def _choose(
     if checks.is_dynamic(temperature):
         return lax.cond(value > MIN_TEMPERATURE, lambda: sampled(value), greedy)
     return sampled(value) if temperature > MIN_TEMPERATURE else greedy()
+
+
+def _likeliest(logits: Array) -> Array:
+    """Index int32 `[rows]` of each row's largest logit, the first of equals.
+
+    As argmax, in two plain reductions: XLA's CPU compiler does not vectorise one over pairs, which takes ten times as
+    long, a tenth of a step of a small T5.
+    """
+    size = logits.shape[-1]
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    places = jnp.where(logits == largest, jnp.arange(size, dtype=jnp.int32), size)
+    return jnp.minimum(
+        jnp.min(places, axis=-1), size - 1
+    )  # in bounds also for NaN, which equals nothing
 
 
 def _draw_per_example(rng: Array, logits: Array, num_decodes: int) -> Array:

@@ -156,6 +156,7 @@ class Slots(nn.Module):
         )
         index = taken.value
         there = cached.value.reshape(cached.value.shape[-2:])
+        layers.check_room(index, length, there.shape[1])
         steps = jnp.arange(length, dtype=jnp.int32)[None]
         here = jnp.max(there, axis=1, keepdims=True) + 1 + steps
         new = here if lengths is None else jnp.where(steps < lengths[:, None], here, -1)

@@ -27,6 +27,7 @@ ACTIVATIONS = {
 }
 MASKED = -1e10
 CACHE_AXES = ("batch", "heads", "kv", None)
+FEW_TOKENS = 32  # up to which the logits of a step are made by `_few_logits`
 
 
 class Dense(nn.Module):
@@ -107,8 +108,21 @@ class Embed(nn.Module):
 
     def attend(self, x: Array, scaled: bool = True) -> Array:
         """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D) unless told otherwise."""
-        logits = quantization.product(x, self.embedding.T, jnp.float32)
+        if x.size <= FEW_TOKENS * x.shape[-1] and not quantization.is_quantized(self.embedding):
+            logits = _few_logits(x, self.embedding)
+        else:
+            logits = quantization.product(x, self.embedding.T, jnp.float32)
         return logits / jnp.sqrt(jnp.float32(x.shape[-1])) if scaled else logits
+
+
+def _few_logits(x: Array, embedding: Array) -> Array:
+    """`x [..., D] @ embedding.T`, made as `[V, tokens]`: an embedding that is the right operand is transposed by XLA's
+    CPU compiler at every call, which for a step of decoding takes longer than the product.
+    """
+    tokens = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    # Without the barrier, the compiler turns the product around again.
+    columns = jax.lax.optimization_barrier(embedding.astype(jnp.float32) @ tokens.T)
+    return columns.T.reshape(*x.shape[:-1], len(embedding))
 
 
 def position_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -179,7 +193,8 @@ class Attention(nn.Module):
     """Multi-head attention without logit scaling (T5 folds it into the query's initial kernel).
 
     In decoding, self-attention appends its keys and values to the cache, and cross-attention computes its own
-    from the encoder's output once. Cached arrays are `[B, H, head_dim, L]`, length last.
+    from the encoder's output once. Cached arrays are `[B, H, head_dim, L]`, length last. Those of cross-attention may
+    have fewer rows than `x`: rows that lie next to each other (an example's beams) then share one.
     """
 
     num_heads: int
@@ -212,10 +227,13 @@ class Attention(nn.Module):
             source = x if keys_from is None else keys_from
             key, value = (
                 self.variable(
-                    "cache", f"cached_{name}", lambda name=name: to_cache(project(name, source))
+                    "cache", f"shared_{name}", lambda name=name: to_cache(project(name, source))
                 ).value
                 for name in ("key", "value")
             )
+            # The queries of rows that share keys are a matrix, and the keys are read once for all of them.
+            query = query.reshape(len(key), -1, self.num_heads, self.head_dim)
+            mask = mask[:: batch // len(key)]
         else:
             shape = (batch, self.num_heads, self.head_dim, step.max_decode_length)
             caches = []
@@ -274,9 +292,24 @@ class CachePosition(nn.Module):
     """Counts the tokens in the cache; all rows are decoded in step, so one number serves the batch."""
 
     @nn.compact
-    def __call__(self, length: int) -> Array:
-        """The number of tokens so far, int32 `[]`; advances it by `length`."""
+    def __call__(self, length: int, slots: int) -> Array:
+        """The number of tokens so far, int32 `[]`; advances it by `length`, within a cache of so many slots."""
         index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
         now = index.value
+        check_room(now, length, slots)
         index.value = now + length
         return now
+
+
+def check_room(taken: Array, new: int, slots: int) -> None:
+    """Refuses tokens that a cache has no slots for, as far as is known: inside jit, how many are taken is not.
+
+    Raises:
+      ValueError: they do not fit. They would be written over the last ones.
+    """
+    known = 0 if isinstance(taken, jax.core.Tracer) else int(taken)
+    if known + new > slots:
+        raise ValueError(
+            f"The cache has {slots} slots, {known} of them taken: {new} more token(s) do not fit. Make a longer cache "
+            "(max_decode_length), or decode less."
+        )

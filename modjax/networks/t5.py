@@ -204,6 +204,10 @@ class Transformer(nn.Module):
           enable_dropout: draw dropout from the rng stream "dropout".
           decode: use the cache (make the collection "cache" mutable).
           max_decode_length: length of the cache, needed with `decode`.
+
+        Raises:
+          ValueError: arguments that do not go together, or more tokens than the cache has slots (outside jit; inside
+            it only those of this call are counted).
         """
         del decoder_positions
         if decode and (encoder_segment_ids is not None or decoder_segment_ids is not None):
@@ -216,7 +220,7 @@ class Transformer(nn.Module):
         cross_mask = (encoder_input_tokens > 0)[:, None, None, :]
         query_positions = key_positions = jnp.arange(length, dtype=jnp.int32)
         if decode:
-            cache_index = self.decoder.position(length)
+            cache_index = self.decoder.position(length, max_decode_length)
             query_positions = cache_index + query_positions
             key_positions = jnp.arange(max_decode_length, dtype=jnp.int32)
         mask = (key_positions[None, :] <= query_positions[:, None])[None, None]

@@ -14,8 +14,9 @@ import tensorflow as tf
 import tokenizers
 
 from modjax import hub
-from modjax.data import pipeline, registry, vocabularies
+from modjax.data import checks, pipeline, registry, vocabularies
 from modjax.data.sources import ExamplesSource
+from modjax.features import FeatureSpace
 from modjax.hub import tokenizers as tokenizer_files
 from tests.testdata import tokenizer_folders
 from tests.testdata.tokenizer_folders import TEXTS
@@ -330,6 +331,24 @@ def test_a_vocabulary_that_does_not_fit_the_network_is_an_error(vocabulary):
     ):
         with pytest.raises(ValueError, match="task 't': token t of the vocabulary stands for row"):
             vocabularies.check_fits(vocab, config, "task 't'")
+
+
+def test_a_batch_with_tokens_that_have_no_embedding_is_refused_by_name():
+    space = FeatureSpace((), ("fine", "odd"))
+    batch = {
+        "encoder_input_tokens": np.array([[5, 9, 0], [1, 10, 0]]),
+        "encoder_positions": np.full((2, 3), 99),
+        "tasks": np.array([[1], [2]]),
+    }
+    config = types.SimpleNamespace(vocab_size=10, token_offset=1)
+    checks.check_ids(batch, config, space)  # token 10 is row 9
+    checks.check_ids(batch, types.SimpleNamespace(), space)  # nothing is known
+    message = "encoder_input_tokens holds token 10 in a row of odd.*tokens 0 to 9: a preprocessor"
+    with pytest.raises(ValueError, match=message):
+        checks.check_ids(batch, types.SimpleNamespace(vocab_size=10), space)
+    batch["encoder_input_tokens"][0, 0] = -1
+    with pytest.raises(ValueError, match="holds token -1 in a row of fine"):
+        checks.check_ids(batch, config, space)
 
 
 @pytest.fixture(params=["byte_level", "unigram", "sentence_piece"])

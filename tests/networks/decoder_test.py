@@ -465,6 +465,18 @@ def test_impossible_configs_are_refused(options, message):
         make("llama", **options)
 
 
+def test_tokens_that_the_cache_has_no_slots_for_are_refused_where_that_is_known():
+    network, variables = make("llama"), {"params": params_of("llama")}
+    length = TOKENS.shape[1]
+    _, cache = step(network, variables, TOKENS, 2)
+    with pytest.raises(ValueError, match=f"{length + 2} slots, 0 of them taken: {length + 3} more"):
+        step(network, variables | cache, np.ones((len(TOKENS), length + 3), int))
+    options = dict(decode=True, mutable=["cache"])
+    _, cache = network.apply(variables | cache, TOKENS[:, :2], **options)
+    with pytest.raises(ValueError, match=f"{length + 2} slots, {length + 2} of them taken: 1 more"):
+        network.apply(variables | cache, TOKENS[:, :1], **options)
+
+
 def test_arguments_that_do_not_go_together_are_refused():
     network, variables = make("llama"), {"params": params_of("llama")}
     ids = np.ones_like(TOKENS)

@@ -214,3 +214,21 @@ def test_decoding_refuses_packed_rows_and_a_cache_without_length(make_t5, batch)
         network.apply(
             {"params": params}, *args, encoder_segment_ids=ids, max_decode_length=8, **options
         )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_tokens_that_the_cache_has_no_slots_for_are_refused_where_that_is_known(
+    scan, make_t5, batch
+):
+    network = make_t5(scan_layers=scan)
+    variables = {"params": init(network, batch)["params"]}
+    tokens = batch["decoder_input_tokens"]
+    rest = (jnp.zeros((3, 7, 16)), batch["encoder_input_tokens"])
+    length = tokens.shape[1]
+    with pytest.raises(ValueError, match=f"{length - 1} slots, 0 of them taken: {length} more"):
+        step(network, variables, *rest, tokens, max_decode_length=length - 1)  # also inside jit
+    options = dict(method="decode", decode=True, mutable=["cache"], max_decode_length=length + 1)
+    _, cache = network.apply(variables, *rest, tokens, **options)
+    _, cache = network.apply(variables | cache, *rest, tokens[:, :1], **options)
+    with pytest.raises(ValueError, match=f"{length + 1} slots, {length + 1} of them taken: 1 more"):
+        network.apply(variables | cache, *rest, tokens[:, :1], **options)
