@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+# A file's tests share what they compile, so one process has all of them.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint hosts parity clean
@@ -10,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --ignore tests/parity -m "not slow"
+	$(PYTEST) --ignore tests/parity -m "not slow"
 
 lint: .venv/installed-test
 	$(BIN)/ruff format --check .
@@ -23,7 +25,7 @@ hosts: .venv/installed-test
 
 # The tests against torch, transformers and peft, and a real pretrained encoder.
 parity: .venv/installed-parity
-	$(BIN)/python -m pytest -n $(JOBS) tests/parity
+	$(PYTEST) tests/parity
 
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"modjax needs Python 3.11 or newer, this is {v[0]}.{v[1]}: say make PYTHON=python3.x")'

@@ -1,7 +1,7 @@
 """How fast a batch is decoded: one that mixes datasets, one of a merged dataset, and transformers with peft.
 
     pip install -c constraints.txt -e '.[parity]'
-    python -m benchmarks.decode [--rounds 5] [--without transformers]
+    python -m benchmarks.decode [--rounds 5] [--ours]
 
 A T5 of width 512, 6+6 layers and 32128 tokens (float32, random weights), 16 examples of 64 tokens, 64 new tokens each,
 greedily and with four beams. Nothing ends early. Mixed: FLix with two features of rank 4 each on query and value, every
@@ -22,23 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from benchmarks.setting import CONFIG, in_transformers
 from modjax import adapters
 from modjax.features import FeatureSpace
 from modjax.models import EncoderDecoderModel
 from modjax.networks import t5
 
 BATCH, LENGTH, NEW, BEAMS, RANK = 16, 64, 64, 4, 8
-CONFIG = t5.T5Config(
-    vocab_size=32128,
-    emb_dim=512,
-    num_heads=8,
-    head_dim=64,
-    mlp_dim=2048,
-    num_encoder_layers=6,
-    num_decoder_layers=6,
-    mlp_activations=("relu",),
-    logits_via_embedding=True,
-)
 TASKS, LANGUAGES = tuple(f"t{i}" for i in range(4)), tuple(f"l{i}" for i in range(22))
 DATASETS = [(TASKS[i % 4], LANGUAGES[i]) for i in range(BATCH)]  # 26 values, every row another pair
 SEARCHES = {
@@ -88,17 +78,7 @@ def transformers_model() -> tuple[Any, Any]:
     from modjax import hub
 
     torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=CONFIG.vocab_size,
-        d_model=CONFIG.emb_dim,
-        d_kv=CONFIG.head_dim,
-        d_ff=CONFIG.mlp_dim,
-        num_layers=CONFIG.num_encoder_layers,
-        num_heads=CONFIG.num_heads,
-        feed_forward_proj="relu",
-        decoder_start_token_id=0,
-    )
-    model = transformers.T5ForConditionalGeneration(config).eval()
+    model = transformers.T5ForConditionalGeneration(in_transformers()).eval()
     for name, weight in model.named_parameters():
         # The initial values of the attention are so small that all rows would write the same.
         if "layer_norm" not in name and "shared" not in name:

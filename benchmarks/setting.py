@@ -99,6 +99,23 @@ def batch(method: Method, seed: int = 0) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.asarray, tokens)
 
 
+def in_transformers() -> Any:
+    """The configuration of the same network in transformers, without dropout."""
+    import transformers
+
+    return transformers.T5Config(
+        vocab_size=CONFIG.vocab_size,
+        d_model=CONFIG.emb_dim,
+        d_kv=CONFIG.head_dim,
+        d_ff=CONFIG.mlp_dim,
+        num_layers=CONFIG.num_encoder_layers,
+        num_heads=CONFIG.num_heads,
+        feed_forward_proj="relu",
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+
+
 class Step:
     """A method's training step, compiled; calling it does one and waits for it.
 

@@ -49,25 +49,17 @@ def prepare(folder: pathlib.Path, cases: Sequence[str], data_dir: str | None) ->
     from benchmarks import setting
 
     torch.manual_seed(0)
-    cfg = setting.CONFIG
-    config = transformers.T5Config(
-        vocab_size=cfg.vocab_size,
-        d_model=cfg.emb_dim,
-        d_kv=cfg.head_dim,
-        d_ff=cfg.mlp_dim,
-        num_layers=cfg.num_encoder_layers,
-        num_heads=cfg.num_heads,
-        feed_forward_proj="relu",
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
+    transformers.T5ForConditionalGeneration(setting.in_transformers()).save_pretrained(
+        folder / "base"
     )
-    transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "base")
     draw = np.random.default_rng(0)
     rows = []
     for _ in range(4):
         row = {"tasks": draw.integers(1, 23, (setting.BATCH, 1), np.int32)}
         for name in TOKENS:
-            tokens = draw.integers(2, cfg.vocab_size, (setting.BATCH, setting.LENGTH), np.int32)
+            tokens = draw.integers(
+                2, setting.CONFIG.vocab_size, (setting.BATCH, setting.LENGTH), np.int32
+            )
             lengths = draw.integers(setting.LENGTH // 2, setting.LENGTH + 1, (setting.BATCH, 1))
             row[name] = np.where(np.arange(setting.LENGTH) < lengths, tokens, 0)
         rows.append(with_inputs(row))

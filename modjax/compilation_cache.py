@@ -30,6 +30,7 @@ def enable(flag: str | None = None) -> str | None:
     Nothing is lost but time where the folder cannot be used, so that a run goes on, with a message.
     """
     import jax
+    import jax.experimental.compilation_cache.compilation_cache
 
     # What the process has set in jax is what it wants; jax has read the variable itself.
     set_already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
@@ -44,6 +45,9 @@ def enable(flag: str | None = None) -> str | None:
                 file=sys.stderr,
             )
             path = None
+    if path != set_already:
+        # jax opens its folder once, and then uses it whatever it is told.
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", path)
     if path is not None and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # A start compiles dozens of small programs; together they take as long as the step.

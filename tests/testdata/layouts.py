@@ -4,7 +4,7 @@ All methods at once, several to a layer. Prints a line of JSON for each layout. 
 layout of up to 8 devices, which takes some minutes.
 
 Options: "decode" predicts, too; "save" leaves a checkpoint after the steps and "resume" does their last step from it
-alone; "replicated" adapters; "sequence" divides the length of activations over "model".
+alone; "replicated" adapters; "sequence" divides the length of activations over "model"; "full" trains the base, too.
 """
 
 import itertools
@@ -139,14 +139,18 @@ class Job:
             [("length", "model")] if "sequence" in options else (),
         )
         mesh = partitioner.mesh(jax.devices()[: data * fsdp * shared])
-        layout = initialize.layout(self.model, self.batch, (), partitioner)
-        optimizer = optimizers.Optimizer(learning_rate=0.01)
+        groups = (optimizers.Group(".*"),) if "full" in options else ()
+        layout = initialize.layout(self.model, self.batch, groups, partitioner)
+        optimizer = optimizers.Optimizer(learning_rate=0.01, groups=groups)
         rules = partitioner.all_rules
+        trained, frozen = self.trained, self.frozen
+        if groups:
+            trained, frozen = optimizers.combine(trained, frozen), {}
         made = trainer.Trainer(
-            self.model, optimizer, mesh, self.trained, self.frozen, layout.axes, rules=rules
+            self.model, optimizer, mesh, trained, frozen, layout.axes, rules=rules
         )
-        frozen = partitioning.place(self.frozen, made.frozen_sharding)
-        state = made.init_state(self.trained, 0)
+        frozen = partitioning.place(frozen, made.frozen_sharding)
+        state = made.init_state(trained, 0)
         rows = partitioning.place_batch(self.batch, mesh)
         stop = np.zeros(mesh.size, np.int32)
         done = 0
@@ -159,7 +163,9 @@ class Job:
                 self._checkpoint(lambda keeper, s=state: keeper.save(STEPS - 1, s, Nowhere()))
             state, scalars = made.train_step(state, frozen, rows, stop)
             losses.append([float(scalars[name]) for name in ("loss", "grad_norm")])
-        found = {"losses": losses, **self._parts(made, state, frozen)}
+        found = {"losses": losses}
+        if not groups:
+            found |= self._parts(made, state, frozen)
         if "decode" in options:
             whole = optimizers.combine(self.trained, self.frozen)
             params = initialize.place(self.model, whole, mesh, partitioner)

@@ -38,7 +38,7 @@ for fsdp, share in ((1, 1), (1, 2), (2, 1)):
     losses = []
     for _ in range(3):
         rows = partitioning.place_batch(batch, mesh)
-        state, scalars = trainer.train_step(state, placed, rows, np.zeros(fsdp, np.int32))
+        state, scalars = trainer.train_step(state, placed, rows, np.zeros(mesh.size, np.int32))
         losses.append(float(scalars["loss"]))
     kernel = placed["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
     parts = {
