@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax import adapters, initialize, optimizers, partitioning, trainer
+from modjax.adapters.low_rank import choose_form
 from modjax.features import FeatureSpace
 from modjax.models import EncoderDecoderModel
 from modjax.networks import t5
@@ -208,6 +209,8 @@ def flops_on_paper(name: str) -> float:
     modules = method.router.modules(method.space)
     ranks = method.bank.ranks(modules)
     down, up = sum(ranks), sum(ranks)
+    if choose_form(sum(ranks), RANK, BATCH, LENGTH) == "gathered":
+        down = up = RANK  # each row's own columns
     if name.startswith("adamix"):
         down = up = RANK  # one module is drawn for the batch before it meets a token
     width = cfg.emb_dim * down + up * joined

@@ -322,5 +322,6 @@ class LowRankBank(nn.Module):
             rows = gates.columns[0]
             hidden = banks.product(x, a[:, rows]) * gates.gathered.astype(x.dtype)
             return banks.product(hidden, b[rows])
-        hidden = jnp.einsum("bld,bnd->bln", x, a.T[gates.columns])
+        # Not of the transposed `a`, or the gradient would be one, and the optimizer would read it across.
+        hidden = jnp.einsum("bld,dbn->bln", x, a[:, gates.columns])
         return jnp.einsum("bln,bnk->blk", hidden * gates.gathered.astype(x.dtype), b[gates.columns])
