@@ -139,7 +139,9 @@ def test_two_processes_go_on_from_one_and_one_from_two(one, begun):
     said = together(2, 1, command("train", one, TRAIN_STEPS=6, **options))
     assert "process 1 of 2, with 1 of 2 devices" in said[1]
     assert "known by the environment (JAX_PROCESS_COUNT)" in said[0]
-    assert "resuming at step 2, to step 6, on 2 device(s) cpu, 2 process(es), mesh data 2" in said[0]
+    assert (
+        "resuming at step 2, to step 6, on 2 device(s) cpu, 2 process(es), mesh data 2" in said[0]
+    )
     alone("train", one, TRAIN_STEPS=8, **options)
     assert_same(begun, one / "run")
 
@@ -155,7 +157,7 @@ def test_four_processes_two_that_share_a_model_and_one_train_in_turn_and_two_eva
         2,
         1,
         # They read the same rows.
-        command("train", one, TRAIN_STEPS=6, partitioning__Partitioner__model=2, **options),
+        command("train", one, TRAIN_STEPS=6, MODEL_PARALLEL=2, **options),
         command("eval", one, EVAL_OUTPUT_DIR=str(tmp_path / "two"), **place),
     )
     alone("train", one, TRAIN_STEPS=8, **options)

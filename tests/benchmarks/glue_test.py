@@ -189,5 +189,7 @@ def test_done_cells_are_not_done_again(monkeypatch, tmp_path):
     assert run.main(command) == 0
     assert worked[1] == [cell("cola", seed=1), cell("rte", seed=1)]
     assert set(told[1]) == {*worked[0], cell("rte")}
-    with pytest.raises(SystemExit, match="cell.json is of 4 steps, not 2880: give another --output"):
+    with pytest.raises(
+        SystemExit, match="cell.json is of 4 steps, not 2880: give another --output"
+    ):
         run.main([*command[:-1], "--longer", "3"])
