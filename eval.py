@@ -136,6 +136,7 @@ def evaluate(
         max_examples=max_examples,
         use_cached=use_cached_tasks,
     )
+    checks.check_ids(examples.arrays, getattr(model.network, "config", None), space)
     choose = None
     if not isinstance(model, models.EncoderModel):
         scorer = predict.scorer(model, params, mesh, partitioner.all_rules)

@@ -1,5 +1,6 @@
 """The evaluation's entry point: from a checkpoint to predictions, results and one report of methods."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -159,3 +160,25 @@ def test_the_base_alone_needs_the_plain_network(run, tmp_path, capsys):
     files = ("bases/folder.gin", "methods/full.gin")
     assert evaluate(run, tmp_path, *files, CHECKPOINT_PATH=None) == 0
     assert {r["method"] for r in results.read(tmp_path / "results.json")} == {"full"}
+
+
+def test_tokens_without_an_embedding_are_refused_before_anything_is_predicted(
+    run, tmp_path, monkeypatch, capsys
+):
+    from modjax.evaluation import runner
+
+    read = runner.read
+
+    def with_another(*args, **kwargs):
+        examples = read(*args, **kwargs)
+        tokens = examples.arrays["encoder_input_tokens"].copy()
+        tokens[3, 1] = 260
+        return dataclasses.replace(
+            examples, arrays={**examples.arrays, "encoder_input_tokens": tokens}
+        )
+
+    monkeypatch.setattr(runner, "read", with_another)
+    assert evaluate(run, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "encoder_input_tokens holds token 260 in a row of toy_" in error
+    assert not (tmp_path / "out" / "results.json").exists()
