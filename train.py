@@ -135,7 +135,7 @@ def train(
     own = checkpoints.steps(model_dir)
     source = model_dir if own else initial_checkpoint_path
     stored = checkpoints.read_metadata(source) if source else None
-    space = _feature_space(registry, mixture_or_task_name, features, model)
+    space = feature_space(registry, mixture_or_task_name, features, model)
     if stored is not None:
         known = FeatureSpace.from_json(stored["space"])
         space = initialize.resolve_space(space, known, bool(own), checkpoints.locate(source))
@@ -334,7 +334,7 @@ def train(
     return state
 
 
-def _feature_space(
+def feature_space(
     registry: Any, mixture: str, features: Sequence[str] | None, model: Any
 ) -> FeatureSpace:
     """The mixture's feature space; without features where no task has any and no router asks for them."""

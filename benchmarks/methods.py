@@ -8,7 +8,6 @@ datasets of 4 tasks in 11 languages, not packed.
 """
 
 import argparse
-import copy
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -38,46 +37,28 @@ ACTIVE = {"lora_wide": ("WIDE_RANK = 60",)}  # the columns of FLix's bank: 4 for
 
 def step(method: str, base: str, batch_size: int, length: int) -> tuple[int, int, float]:
     """(trained parameters, parameters of the base, floating point operations of a step)."""
-    import gin
+    import dataclasses
+
     import jax
     import numpy as np
 
-    from modjax import adapters, initialize, launch, partitioning
+    from modjax import adapters, initialize, launch
+    from modjax.aot import job as jobs
     from modjax.features import FeatureSpace
-    from modjax.trainer import Trainer, TrainState
 
     lengths = {"inputs": length, "targets": length}
-    macros = {"MIXTURE_OR_TASK_NAME": "", "MODEL_DIR": "", "BASE": "", "TRAIN_STEPS": 1000}
+    macros = {"MIXTURE_OR_TASK_NAME": "", "MODEL_DIR": "", "BASE": "", "BATCH_SIZE": batch_size}
     values = [f"{name} = {value!r}" for name, value in macros.items()]
     files = (f"bases/{base}.gin", f"methods/{method}.gin", "runs/finetune.gin")
     bindings = (*values, f"TASK_FEATURE_LENGTHS = {lengths}", *ACTIVE.get(method, ()))
-    launch.load_gin(launch.Flags(files, bindings, ()), "train")
-    model, optimizer = (
-        copy.deepcopy(gin.query_parameter(f"train.train.{name}")) for name in ("model", "optimizer")
-    )
-    tasks = [f"task{i}" for i in range(4)]
-    languages = [f"language{i}" for i in range(11)]
-    features = (("task", tuple(tasks)), ("language", tuple(languages)))
+    job = jobs.from_gin(launch.Flags(files, bindings, ()), {"task": 4, "language": 11}, 0)
+    features = jobs.generated_space({"task": 4, "language": 11}).features
     space = FeatureSpace(features, tuple(f"dataset{i}" for i in range(39)))
-    model = model.with_space(space)
+    job = dataclasses.replace(job, model=job.model.with_space(space))
+    model = job.model
     batch = model.example_batch(lengths, space, rows=batch_size)
-    layout = initialize.layout(model, batch, optimizer.groups)
-    mesh = partitioning.make_mesh(1)
-    trainer = Trainer(
-        model,
-        optimizer,
-        mesh,
-        layout.trained,
-        layout.frozen,
-        layout.axes,
-        rates=layout.rates,
-        lazy=layout.lazy,
-    )
-    shaped = jax.ShapeDtypeStruct
-    opt_state = jax.eval_shape(trainer.transform.init, layout.trained)
-    state = TrainState(shaped((), np.int32), layout.trained, opt_state, shaped((2,), np.uint32))
-    stop = shaped((1,), np.int32)
-    cost = trainer.train_step.lower(state, layout.frozen, batch, stop).cost_analysis()
+    layout = initialize.layout(model, batch, job.optimizer.groups)
+    cost = jobs.training(job, jax.devices()[:1]).lowered.cost_analysis()
 
     def count(tree: object) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -17,7 +17,8 @@ import numpy as np
 
 from modjax.logging import duration
 
-# Operations a second of one device in bfloat16 without sparsity, as the vendors state them, by `device_kind`.
+# Operations a second of one device in bfloat16 without sparsity, by `device_kind`: as the vendors state them, written
+# down from memory and not checked against their pages.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,  # v5e
@@ -40,8 +41,11 @@ def peak_flops(kind: str) -> float | None:
     return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
-def product_flops(jaxpr: Any) -> float:
+def product_flops(jaxpr: Any, batched: bool | None = None) -> float:
     """Operations of the matrix products in a traced program, two for each multiply-add.
+
+    If `batched` is given, only of the products that have batch dimensions, or only of those that have none: products of
+    activations with each other, and with weights.
 
     Loops of known length count as often as they run, where XLA's own analysis counts their bodies once, and of a
     condition's branches the dearest. A while loop's body counts once. What is recomputed counts again.
@@ -49,12 +53,14 @@ def product_flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
+            (contracted, _), (shared, _) = eqn.params["dimension_numbers"]
+            if batched is not None and batched != bool(shared):
+                continue
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             total += 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
             continue
         inner = [
-            product_flops(value)
+            product_flops(value, batched)
             for given in eqn.params.values()
             for value in (given if isinstance(given, tuple | list) else (given,))
             if hasattr(getattr(value, "jaxpr", value), "eqns")

@@ -1,12 +1,13 @@
 """Kinds of TPU chips: what a compiled program is held against.
 
-From Google's documentation of each version (cloud.google.com/tpu/docs, "system architecture", read in November 2026
-from memory of its tables): a figure that matters to you should be checked there.
+As Google's documentation of each version has them (cloud.google.com/tpu/docs, "system architecture"), written down from
+memory and not checked against it: check a figure that matters to you.
 """
 
 import dataclasses
 
 from modjax.errors import nearest
+from modjax.profiling import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Chip:
 
 
 CHIPS = {
-    "TPU v4": Chip(275e12, 32e9, 300e9, 1.05e9),
-    "TPU v5 lite": Chip(197e12, 15.75 * 2**30, 200e9, 1.5e9),
-    "TPU v5": Chip(459e12, 95e9, 600e9, 1.75e9),
-    "TPU v6 lite": Chip(918e12, 31.25 * 2**30, 448e9, 1.75e9),
+    "TPU v4": Chip(PEAK_FLOPS["TPU v4"], 32e9, 300e9, 1.05e9),
+    "TPU v5 lite": Chip(PEAK_FLOPS["TPU v5 lite"], 15.75 * 2**30, 200e9, 1.5e9),
+    "TPU v5": Chip(PEAK_FLOPS["TPU v5"], 95e9, 600e9, 1.75e9),
+    "TPU v6 lite": Chip(PEAK_FLOPS["TPU v6 lite"], 31.25 * 2**30, 448e9, 1.75e9),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from modjax import initialize, launch, optimizers, partitioning, quantization
+from modjax import initialize, launch, optimizers, partitioning, profiling, quantization
 from modjax.features import FeatureSpace
 from modjax.trainer import Trainer, TrainState
 
@@ -103,7 +103,7 @@ def from_gin(
         from modjax.data import registry
 
         launch.import_tasks(ask("mixture_or_task_module"))
-        space = train._feature_space(registry, ask("mixture_or_task_name"), ask("features"), model)
+        space = train.feature_space(registry, ask("mixture_or_task_name"), ask("features"), model)
     else:
         space = generated_space(features)
     if segments is None:
@@ -249,21 +249,6 @@ def model_flops(job: Job) -> float:
     batch = model.example_batch(job.lengths, FeatureSpace((), ()), job.segments, job.batch_size)
     params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
     traced = jax.make_jaxpr(lambda params, batch: model.loss_sums(params, batch, None)[0])
-    weights, others = _products(traced(params, batch).jaxpr)
+    forward = traced(params, batch)
+    weights, others = (profiling.product_flops(forward, batched) for batched in (False, True))
     return weights * (2 if job.model.adapted is not None else 3) + 3 * others
-
-
-def _products(jaxpr: Any) -> tuple[float, float]:
-    """Operations of (products with weights, batched products of two activations) in a program."""
-    total = np.zeros(2)
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), (batched, _) = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = math.prod(left[i] for i in contracted)
-            total[int(bool(batched))] += 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
-            continue
-        for inside in jax.core.jaxprs_in_params(equation.params):
-            times = equation.params["length"] if equation.primitive.name == "scan" else 1
-            total += times * np.array(_products(inside))
-    return float(total[0]), float(total[1])

@@ -1,13 +1,12 @@
 """A program compiled for a pod: what it holds, computes and sends on each chip."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from modjax import quiet
 from modjax.aot import chips, hlo
 from modjax.aot.job import Program
 
@@ -77,7 +76,7 @@ def devices_of(topology: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # Nothing runs on a chip here: several may compile at once.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    with _quiet():
+    with quiet.held_stderr():
         try:
             found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
             return list(found.devices)
@@ -104,7 +103,7 @@ def compile_for(
     """
     chip = chips.of(kind) if kind.startswith("TPU") else None
     memory = int(chip.memory) if chip else 0
-    with _quiet():
+    with quiet.held_stderr():
         try:
             compiled = program.lowered.compile(compiler_options=dict(options or {}))
         except Exception as error:
@@ -142,20 +141,3 @@ def compile_for(
 def priced(optimal_seconds: float) -> float:
     """`optimal_seconds` without the -1 of each operation that has no price; right as long as the rest is below 1 s."""
     return optimal_seconds % 1.0 if optimal_seconds < 0 else optimal_seconds
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back what is written to the file descriptor of stderr; gives it back where an error goes through."""
-    try:
-        saved = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)

@@ -8,37 +8,17 @@ import contextlib
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterator
+
+from modjax import quiet
 
 # What tensorflow's C++ says about the machine while it starts, whatever its log level.
 _NOISE = re.compile(rb"[IWE]\d{4} |WARNING: All log messages before absl|To enable the following")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back the file descriptor of stderr, then passes on what is not tensorflow's chatter."""
-    try:
-        sys.stderr.flush()
-        saved = os.dup(2)
-    except (OSError, AttributeError):  # there is no stderr
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            held.seek(0)
-            os.write(2, b"".join(line for line in held if not _NOISE.match(line)))
-
-
 if "tensorflow" not in sys.modules:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-with _quiet():
+with quiet.held_stderr(lambda line: not _NOISE.match(line)):
     import seqio  # noqa: F401
     import tensorflow as tf
 
