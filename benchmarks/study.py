@@ -1,8 +1,9 @@
 """Studies: many trainings, each a cell that is done once, several at a time, in as many sittings as it takes.
 
-A study's results are the lines of one file, a JSON object for each cell that is done: `name`, what it was
-(`config`), what it gave, its `seconds`, `processor_seconds`, `commit` and `date`. What is in the file is not done again, so the same
-command goes on where the last one was stopped, and the file, which is kept with the code, is all that a report needs.
+A study's results are the lines of one file, a JSON object for each cell that is done: `name`, what it was (`config`),
+what it gave, its `seconds`, `processor_seconds`, `commit` and `date`. What is in the file is not done again, so the
+same command goes on where the last one was stopped, and the file, which is kept with the code, is all that a report
+needs.
 """
 
 import contextlib

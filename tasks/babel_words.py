@@ -1,8 +1,9 @@
 """Babel's texts as whole words: a vocabulary of one world's words, labels and prompts.
 
 Bytes make an example five times as long. With words a base is pretrained in minutes and an adapter trained in a
-minute on one core, at the price that the sound of a word says nothing: words of two languages are the same token where they are
-spelt alike, and otherwise as different as any. What languages have in common is then what the base learnt of it.
+minute on one core, at the price that the sound of a word says nothing: words of two languages are the same token where
+they are spelt alike, and otherwise as different as any. What languages have in common is then what the base learnt of
+it.
 """
 
 import os
