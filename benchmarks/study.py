@@ -138,24 +138,39 @@ def work(
       Whether all are done.
 
     Raises:
-      Exception: of a cell that failed; the others end first.
+      Exception: of a cell that failed; those that were begun end first, and are kept.
     """
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
     for core in cores(parallel):
         places.put(core)
     running: dict[futures.Future[Any], Any] = {}
+    failed: list[BaseException] = []
     with futures.ProcessPoolExecutor(parallel, context, _start, (places, str(compiled))) as pool:
         while True:
             waiting = [cell for cell in ready() if cell not in running.values()]
-            if time.monotonic() < until:
+            if time.monotonic() < until and not failed:
                 for cell in waiting[: parallel - len(running)]:
                     running[pool.submit(job, cell)] = cell
+            if not running and failed:
+                raise failed[0]
             if not running:
                 return not waiting
             for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
                 cell = running.pop(future)
-                keep(cell, future.result())
+                error = future.exception()
+                if error is None:
+                    keep(cell, future.result())
+                else:
+                    failed.append(error)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], store: pathlib.Path) -> pathlib.Path:
+    """Writes results.json beside a store, a row a line, and returns its path."""
+    path = store.with_name("results.json")
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+    path.write_text(f"[{lines}]\n")
+    return path
 
 
 def mean(values: Sequence[float], digits: int = 1) -> str:

@@ -12,8 +12,6 @@ tests of all cells with their method's best rate.
 import argparse
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 import sys
 import time
@@ -23,23 +21,24 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cells, study  # noqa: E402
+from benchmarks import study  # noqa: E402
+from benchmarks.words import setting as words  # noqa: E402
+from benchmarks.words.setting import BASES, EXAMPLES, Settings  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
-RATES = (0.004, 0.01, 0.02)
+RATES = (0.004, 0.0065, 0.01)
 TRIAL_SEED = 0
-# The base's cross-lingual strength: the share of the directed language pairs that it learnt to translate.
-BASES = {"all": 1.0, "some": 0.15, "none": 0.0}
 # Crowding: R, the rank that an example of any method uses. There are 39 datasets.
 RANKS = (4, 16)
+WORLD = "words"  # the prefix of what adapters train on, the same for all bases
 POINTS = {f"{base}-{rank}": (base, rank) for base in BASES for rank in RANKS}
-EXAMPLES = {"validation": 30, "test": 50}
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A gin file, of methods/ or beside this one, and bindings in which `{R}`, `{R2}` and `{R4}` are R, R/2 and R/4.
+    """A gin file, of methods/ or beside this one, and what is set beside it.
 
+    In the bindings `{R}`, `{R2}` and `{R4}` are R, R/2 and R/4, and `{wide}` the columns of all of FLix's modules.
     An example uses modules of rank R at every layer, unless the comment says otherwise.
     """
 
@@ -63,7 +62,7 @@ _SHARED = (
 METHODS = {
     "lora": Method("lora", ("adapters.LowRank.rank = {R}",)),
     # As many parameters as flix: R/2 for each of its 4 + 11 values.
-    "lora_wide": Method("lora_wide", ("WIDE_RANK = 15 * {R2}",)),
+    "lora_wide": Method("lora_wide", ("WIDE_RANK = {wide}",)),
     "lora_per_dataset": Method("lora_per_dataset", ("adapters.LowRank.rank = {R}",)),
     "task_only": Method(
         "flix", ("adapters.LowRank.rank = {R}", "adapters.Features.features = ('task',)")
@@ -105,7 +104,7 @@ class Cell:
             return f"base_{self.base}"
         return f"{self.point}_{self.method}_{self.rate:g}_{self.seed}"
 
-    def config(self, settings: "Settings") -> dict[str, Any]:
+    def config(self, settings: Settings) -> dict[str, Any]:
         """What it was, for the store."""
         found = {
             "method": self.method,
@@ -125,7 +124,7 @@ class Cell:
     def bindings(self) -> list[str]:
         """Of its method, at its rank."""
         rank = POINTS[self.point][1]
-        sizes = {"R": rank, "R2": rank // 2, "R4": rank // 4}
+        sizes = {"R": rank, "R2": rank // 2, "R4": rank // 4, "wide": 15 * (rank // 2)}
         return [binding.format(**sizes) for binding in METHODS[self.method].bindings]
 
     def files(self) -> tuple[str, ...]:
@@ -133,102 +132,29 @@ class Cell:
         name = METHODS[self.method].file
         own = HERE / f"{name}.gin"
         if own.exists():
-            return ("bases/folder.gin", str(own))
-        return ("bases/folder.gin", f"methods/{name}.gin")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all cells share."""
-
-    output: pathlib.Path
-    smoke: bool
-    bind: tuple[str, ...]
-
-    def base(self, name: str) -> str:
-        """The folder of a base's weights."""
-        return str(self.output / "bases" / name)
-
-
-@functools.cache
-def register(output: pathlib.Path, base: str) -> str:
-    """Registers the world that a base is pretrained on, and returns the prefix of its names.
-
-    The bases differ in what they learnt to translate; languages, words and the adapters' tasks are the same in all.
-    """
-    from tasks import babel, babel_words
-    from tasks.babel_examples import Babel
-    from tasks.babel_world import BabelConfig
-
-    config = BabelConfig(pretrain_pairs=BASES[base])
-    world, prefix = Babel(config), f"words_{base}"
-    output.mkdir(parents=True, exist_ok=True)
-    # A file of each process, so that none reads what another is writing.
-    file = output / f"{prefix}_{os.getpid()}.json"
-    babel_words.write_tokenizer(world, file)
-    copied = functools.partial(babel_words.copy_examples, world)
-    babel.register(config, prefix, babel_words.vocabulary(file), copied)
-    return prefix
-
-
-def pretrain(cell: Cell, settings: Settings) -> study.Found:
-    """Makes a base; says how well it translates from other languages."""
-    import gin
-
-    import train
-
-    prefix, base = register(settings.output, cell.base), settings.base(cell.base)
-    macros = {
-        "MIXTURE_OR_TASK_NAME": f"{prefix}_pretrain_bytes",
-        "MODEL_DIR": base + "_training",
-        "EXPORT_DIR": base,
-        "train.train.tensorboard": False,
-    }
-    files = ("methods/full.gin", str(HERE / "pretrain.gin"))
-    cells.configure("train", files, [*_bound(macros), *settings.bind, *_short(settings)])
-    gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
-    macros = {
-        "MIXTURE_OR_TASK_NAME": f"{prefix}_pretrain",
-        "BASE": base,
-        "CHECKPOINT_PATH": None,
-        "EVAL_OUTPUT_DIR": base + "_eval",
-    }
-    files = ("bases/folder.gin", "methods/full.gin", str(HERE / "eval.gin"))
-    return {"validation": _evaluate(files, macros, settings, "validation")}
+            return (str(own),)
+        return (f"methods/{name}.gin",)
 
 
 def adapt(cell: Cell, settings: Settings) -> study.Found:
     """Trains and scores a method."""
-    import gin
-    import jax
-
-    import train
-
-    prefix, folder = register(settings.output, "all"), str(settings.output / "cells" / cell.name)
-    files, bindings = cell.files(), cell.bindings()
+    words.register(settings.output, WORLD, ())
+    folder = str(settings.output / "cells" / cell.name)
     macros = {
-        "MIXTURE_OR_TASK_NAME": f"{prefix}_train",
+        "MIXTURE_OR_TASK_NAME": f"{WORLD}_train",
         "BASE": settings.base(cell.base),
         "MODEL_DIR": folder,
         "RANDOM_SEED": cell.seed,
         "LEARNING_RATE": cell.rate,
     }
-    wall = time.monotonic()
-    mine = [*_bound(macros), *bindings, *settings.bind, *_short(settings)]
-    cells.configure("train", (*files, str(HERE / "adapt.gin")), mine)
-    state = gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
-    found: study.Found = {
-        "steps": int(state.step),
-        "trained": sum(leaf.size for leaf in jax.tree.leaves(state.trained)),
-        "training_seconds": round(time.monotonic() - wall, 1),
-    }
+    found = words.train(cell.files(), macros, cell.bindings(), settings)
     macros = {"BASE": settings.base(cell.base), "CHECKPOINT_PATH": folder}
     score = functools.partial(
-        _evaluate, (*files, str(HERE / "eval.gin")), settings=settings, bindings=bindings
+        words.score, cell.files(), settings=settings, bindings=cell.bindings()
     )
-    to = {"EVAL_OUTPUT_DIR": folder + "/validation", "MIXTURE_OR_TASK_NAME": f"{prefix}_eval_seen"}
+    to = {"EVAL_OUTPUT_DIR": folder + "/validation", "MIXTURE_OR_TASK_NAME": f"{WORLD}_eval_seen"}
     found["validation"] = score(macros | to, split="validation")
-    to = {"EVAL_OUTPUT_DIR": folder + "/test", "MIXTURE_OR_TASK_NAME": f"{prefix}_eval"}
+    to = {"EVAL_OUTPUT_DIR": folder + "/test", "MIXTURE_OR_TASK_NAME": f"{WORLD}_eval"}
     found["test"] = score(macros | to, split="test")
     for feature in ("language", "task") if METHODS[cell.method].routed else ():
         off = {setting: (feature,) for setting in ("seen", "unseen_pair")}
@@ -237,37 +163,11 @@ def adapt(cell: Cell, settings: Settings) -> study.Found:
     return found
 
 
-def _bound(macros: dict[str, Any]) -> list[str]:
-    return [f"{name} = {value!r}" for name, value in macros.items()]
-
-
-def _short(settings: Settings) -> list[str]:
-    return ["TRAIN_STEPS = 4", "WARMUP = 1"] if settings.smoke else []
-
-
-def _evaluate(
-    files: Sequence[str],
-    macros: dict[str, Any],
-    settings: Settings,
-    split: str,
-    bindings: Sequence[str] = (),
-) -> dict[str, float]:
-    """Exact match in percent by dataset, as "parse ta"."""
-    import gin
-
-    import eval as evaluation
-
-    number = 2 if settings.smoke else EXAMPLES[split]
-    own = _bound(macros | {"SPLIT": split, "eval.evaluate.max_examples": number})
-    cells.configure("eval", files, [*own, *bindings])
-    rows = gin.get_configurable(evaluation.evaluate)(operative_config=gin.operative_config_str)
-    rows = [row for row in rows if row["metric"] == "exact_match"]
-    return {f"{row['task']} {row['language']}": round(row["value"], 2) for row in rows}
-
-
 def do(cell: Cell, settings: Settings) -> study.Found:
     """Does a cell, in a process of the pool."""
-    job = functools.partial(adapt if cell.method else pretrain, cell, settings)
+    job = functools.partial(words.pretrain, cell.base, settings)
+    if cell.method:
+        job = functools.partial(adapt, cell, settings)
     return study.do(cell.name, cell.config(settings), job, settings.output / "logs" / cell.name)
 
 
@@ -310,11 +210,7 @@ class Plan:
     def open(self) -> list[Cell]:
         """The cells that can be begun, in the order in which they should: bases, rates, seeds."""
         bases = {cell.base: cell for cell in map(Cell, self._points)}
-        made = {
-            name
-            for name in bases
-            if pathlib.Path(self._settings.base(name), "config.json").exists()
-        }
+        made = {name for name in bases if self._settings.has_base(name)}
         known = [cell for name, cell in bases.items() if name not in made or not self.found(cell)]
         trials = (
             Cell(point, method, rate, TRIAL_SEED)
@@ -368,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[TRIAL_SEED])
     parser.add_argument(
-        "--output", default="runs/zero_shot", type=pathlib.Path, help="bases, checkpoints, logs"
+        "--output", default="runs/words", type=pathlib.Path, help="bases, checkpoints, logs"
     )
     parser.add_argument(
         "--store", type=pathlib.Path, help="what is done; by default cells.jsonl beside this file"
@@ -397,10 +293,7 @@ def main(argv: Sequence[str]) -> int:
     job = functools.partial(do, settings=settings)
     until = start + 60 * args.minutes
     all_done = study.work(plan.open, job, keep, args.parallel, settings.output / "compiled", until)
-    target = file.with_name("results.json")
-    target.write_text(
-        json.dumps(rows(plan), indent=None, separators=(",", ":")).replace("},", "},\n") + "\n"
-    )
+    target = study.write_rows(rows(plan), file)
     print(f"{'all cells are done' if all_done else 'time was up'}; wrote {target}")
     return 0
 

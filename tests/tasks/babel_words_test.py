@@ -51,7 +51,9 @@ def test_a_word_of_another_world_is_unknown(vocabulary):
 
 
 def test_what_is_copied_has_every_kind_of_piece():
-    copied = " ".join(example["targets"] for example in babel_words.copy_examples(Babel(), "validation"))
+    copied = " ".join(
+        example["targets"] for example in babel_words.copy_examples(Babel(), "validation")
+    )
     assert all(piece in copied for piece in ("[SL:", "[IN:", "|", "]", ">ta"))
     assert not any(word.startswith("|") for word in copied.split(" "))
 
