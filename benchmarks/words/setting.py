@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import cells, study
+from benchmarks.words import inside
+from modjax import checkpoints
 
 HERE = pathlib.Path(__file__).resolve().parent
 # The base's cross-lingual strength: the share of the directed language pairs that it learnt to translate.
@@ -94,6 +96,8 @@ def train(
 ) -> study.Found:
     """Trains a method; gives `steps`, parameters `trained` and `training_seconds`.
 
+    Where it has them also `norms` and `routing`, see `benchmarks.words.inside`.
+
     Args:
       files: gin files of the method.
       macros: gin macros and parameters of the run, among them BASE and MODEL_DIR.
@@ -109,11 +113,17 @@ def train(
     cells.configure("train", files, [*bound(macros), *bindings, *settings.bind, *short(settings)])
     start = time.monotonic()
     state = gin.get_configurable(training.train)(operative_config=gin.operative_config_str)
-    return {
+    found: study.Found = {
         "steps": int(state.step),
         "trained": sum(leaf.size for leaf in jax.tree.leaves(state.trained)),
         "training_seconds": round(time.monotonic() - start, 1),
     }
+    method = checkpoints.read_metadata(macros["MODEL_DIR"])["method"]
+    if method != "full":
+        seen = {"norms": inside.norms(state.trained, method)}
+        seen["routing"] = inside.routing(state.trained, method)
+        found |= {name: value for name, value in seen.items() if value}
+    return found
 
 
 def score(
