@@ -14,6 +14,7 @@ import pathlib
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -21,6 +22,10 @@ from typing import Any
 from benchmarks.cells import ROOT, cores
 
 Found = dict[str, Any]
+
+
+class CellError(RuntimeError):
+    """A cell that could not be done."""
 
 
 class Store:
@@ -89,11 +94,19 @@ def do(name: str, config: Mapping[str, Any], job: Callable[[], Found], log: path
       name, config: see the top.
       job: trains and evaluates; what it returns joins the cell.
       log: a file, made anew or added to.
+
+    Raises:
+      CellError: the job failed; the log has the trace.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     wall, processor = time.monotonic(), time.process_time()
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        found = job()
+        try:
+            found = job()
+        except Exception as error:
+            traceback.print_exc()
+            # Not the error itself: gin's cannot be sent to another process.
+            raise CellError(f"{name} failed, see {log}: {error}") from None
     return {
         "name": name,
         "config": dict(config),

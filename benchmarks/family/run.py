@@ -92,7 +92,7 @@ class Way:
 _COLLAPSE = "initialize.Start.collapse = True"
 WAYS = {name: Way(method, name) for name, method in METHODS.items() if name != "full"}
 WAYS |= {
-    "mu": Way(Method("lora", (_HALVES, "adapters.LowRank.alpha = 1.0", _COLLAPSE)), "poly_s"),
+    "mu": Way(Method("lora", (_HALVES, _COLLAPSE)), "poly_s"),
     "z": Way(Method("poly_z", ("SKILLS = 8",)), "poly_s"),
     "lora_from_base": Way(METHODS["lora"], None),
     "full_from_base": Way(METHODS["full"], None),

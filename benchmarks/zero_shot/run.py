@@ -38,7 +38,7 @@ POINTS = {f"{base}-{rank}": (base, rank) for base in BASES for rank in RANKS}
 class Method:
     """A gin file, of methods/ or beside this one, and what is set beside it.
 
-    In the bindings `{R}`, `{R2}` and `{R4}` are R, R/2 and R/4, and `{wide}` the columns of all of FLix's modules.
+    In the bindings `{R}`, `{R2}`, `{R4}` and `{R34}` are R, R/2, R/4 and 3R/4, and `{wide}` FLix's columns in all.
     An example uses modules of rank R at every layer, unless the comment says otherwise.
     """
 
@@ -73,7 +73,7 @@ METHODS = {
     # Ours.
     "flix_language_dropout": Method("flix", (_HALVES, "FEATURE_DROPOUT = {{'language': 0.5}}")),
     "flix_wide_task": Method(
-        "flix", ("adapters.LowRank.rank = {{'task': {R} - {R4}, 'language': {R4}}}",)
+        "flix", ("adapters.LowRank.rank = {{'task': {R34}, 'language': {R4}}}",)
     ),
     "flix_shared_language_dropout": Method(
         "flix", (*_SHARED, "FEATURE_DROPOUT = {{'language': 0.5}}")
@@ -124,7 +124,8 @@ class Cell:
     def bindings(self) -> list[str]:
         """Of its method, at its rank."""
         rank = POINTS[self.point][1]
-        sizes = {"R": rank, "R2": rank // 2, "R4": rank // 4, "wide": 15 * (rank // 2)}
+        sizes = {"R": rank, "R2": rank // 2, "R4": rank // 4, "R34": rank - rank // 4}
+        sizes["wide"] = 15 * sizes["R2"]
         return [binding.format(**sizes) for binding in METHODS[self.method].bindings]
 
     def files(self) -> tuple[str, ...]:

@@ -52,6 +52,15 @@ def test_a_cell_says_what_it_was_and_what_it_cost(tmp_path, capsys):
     assert log.read_text() == "trained\n" and capsys.readouterr().out == ""
 
 
+def test_a_cell_that_fails_says_where_its_trace_is(tmp_path):
+    def job():
+        raise KeyError("no such rate")
+
+    with pytest.raises(study.CellError, match="one failed, see .*log: .*no such rate"):
+        study.do("one", {}, job, tmp_path / "log")
+    assert "KeyError" in (tmp_path / "log").read_text()
+
+
 def double(number, limit=100):
     """A job, at the top of a module so that it is found in another process."""
     if number > limit:

@@ -4,11 +4,28 @@ import json
 
 import pytest
 
-from benchmarks import study
+from benchmarks import cells, study
+from benchmarks.words import setting as words
 from benchmarks.zero_shot import run
 from modjax.evaluation import results
 
 POINT = "all-4"
+
+
+@pytest.fixture
+def gin():
+    import gin
+
+    yield gin
+    gin.clear_config(clear_constants=True)
+
+
+@pytest.mark.parametrize("method", run.METHODS)
+def test_the_bindings_of_every_method_are_read(method, gin):
+    cell = run.Cell("all-16", method)
+    files = ("bases/folder.gin", *cell.files(), str(words.HERE / "adapt.gin"))
+    cells.configure("train", files, cell.bindings())
+    assert gin.query_parameter("%METHOD")
 
 
 @pytest.fixture
