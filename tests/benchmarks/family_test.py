@@ -7,6 +7,9 @@ from benchmarks.family import run
 from benchmarks.words import setting as words
 
 
+RUN = [f"{name} = 'some'" for name in ("MIXTURE_OR_TASK_NAME", "BASE", "MODEL_DIR")]
+
+
 @pytest.fixture
 def gin():
     import gin
@@ -36,7 +39,7 @@ def done(store, settings, cell, score=50.0):
 def test_the_bindings_of_every_method_and_way_are_read(name, gin):
     method = run.WAYS[name].method if name in run.WAYS else run.METHODS[name]
     files = ("bases/folder.gin", f"methods/{method.file}.gin", str(words.HERE / "adapt.gin"))
-    cells.configure("train", files, method.bindings)
+    cells.configure("train", files, [*RUN, *method.bindings])
     assert gin.query_parameter("%METHOD")
 
 

@@ -12,6 +12,9 @@ from modjax.evaluation import results
 POINT = "all-4"
 
 
+RUN = [f"{name} = 'some'" for name in ("MIXTURE_OR_TASK_NAME", "BASE", "MODEL_DIR")]
+
+
 @pytest.fixture
 def gin():
     import gin
@@ -24,7 +27,7 @@ def gin():
 def test_the_bindings_of_every_method_are_read(method, gin):
     cell = run.Cell("all-16", method)
     files = ("bases/folder.gin", *cell.files(), str(words.HERE / "adapt.gin"))
-    cells.configure("train", files, cell.bindings())
+    cells.configure("train", files, [*RUN, *cell.bindings()])
     assert gin.query_parameter("%METHOD")
 
 
