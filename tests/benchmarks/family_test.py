@@ -6,7 +6,6 @@ from benchmarks import cells, study
 from benchmarks.family import run
 from benchmarks.words import setting as words
 
-
 RUN = [f"{name} = 'some'" for name in ("MIXTURE_OR_TASK_NAME", "BASE", "MODEL_DIR")]
 
 
