@@ -151,22 +151,24 @@ def work(
       Whether all are done.
 
     Raises:
-      Exception: of a cell that failed; those that were begun end first, and are kept.
+      Exception: of the first cell that failed, after all others are done and kept.
     """
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
     for core in cores(parallel):
         places.put(core)
     running: dict[futures.Future[Any], Any] = {}
-    failed: list[BaseException] = []
+    failed: dict[Any, BaseException] = {}
     with futures.ProcessPoolExecutor(parallel, context, _start, (places, str(compiled))) as pool:
         while True:
-            waiting = [cell for cell in ready() if cell not in running.values()]
-            if time.monotonic() < until and not failed:
+            waiting = [
+                cell for cell in ready() if cell not in running.values() and cell not in failed
+            ]
+            if time.monotonic() < until:
                 for cell in waiting[: parallel - len(running)]:
                     running[pool.submit(job, cell)] = cell
             if not running and failed:
-                raise failed[0]
+                raise next(iter(failed.values()))
             if not running:
                 return not waiting
             for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
@@ -175,7 +177,7 @@ def work(
                 if error is None:
                     keep(cell, future.result())
                 else:
-                    failed.append(error)
+                    failed[cell] = error
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], store: pathlib.Path) -> pathlib.Path:
