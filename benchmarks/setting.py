@@ -160,7 +160,7 @@ class Step:
         self._state = self._trainer.init_state(own, 0)
         self._flag = jnp.zeros((1,), jnp.int32)
         arguments = (self._state, self.frozen, self._batch, self._flag)
-        self._compiled = self._trainer.train_step.lower(*arguments).compile()
+        self._compiled = self._trainer.program(*arguments).call
         self.flops = float(self._compiled.cost_analysis()["flops"])
 
     def feed(self, rows: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ Mixtures:
 Datasets that are not trained have no train split, so that no mixture can train them by accident.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import seqio
@@ -25,10 +26,6 @@ from tasks.babel_world import BabelConfig
 
 FEW = "few"  # the training examples of datasets that are held out from training
 VOCABULARY = seqio.ByteVocabulary()
-OUTPUT_FEATURES = {
-    "inputs": seqio.Feature(VOCABULARY, add_eos=True),
-    "targets": seqio.Feature(VOCABULARY, add_eos=True),
-}
 # Copying, against all other text, in babel_pretrain_bytes.
 COPY_SHARE = 0.25
 METRICS = {
@@ -41,24 +38,32 @@ METRICS = {
 }
 
 
-def register(config: BabelConfig | None = None, prefix: str = "babel") -> Babel:
+def register(
+    config: BabelConfig | None = None,
+    prefix: str = "babel",
+    vocabulary: seqio.Vocabulary = VOCABULARY,
+    copy: Callable[[str], Iterator[Mapping[str, str]]] | None = None,
+) -> Babel:
     """Registers a configuration's tasks, and those of the mixtures that are not empty.
 
     Args:
       config: the dials; the benchmark's own by default.
       prefix: of all names. Another configuration needs another prefix, or `unregister` first.
+      vocabulary: of inputs and targets; bytes by default.
+      copy: gives a split's texts to copy, see `Babel.copy_examples`, which it stands for.
 
     Raises:
       ValueError: the prefix is taken, or the configuration is inconsistent.
     """
     babel = Babel(config)
+    add = partial(_add, vocabulary)
     settings: dict[str, list[str]] = {"seen": [], "unseen_pair": [], "unseen_language": []}
     for (task, code), setting in babel.datasets().items():
         name = f"{prefix}_{task}_{code}"
         # What is held out from training has its training examples under another name, to take shots from.
         sources = {"train" if setting == "seen" else FEW: "train"} | {s: s for s in SPLITS[1:]}
         examples = {s: partial(_rows, babel.examples, task, code, of) for s, of in sources.items()}
-        _add(name, task, code, examples)
+        add(name, task, code, examples)
         settings[setting].append(name)
     registry.add_mixture(f"{prefix}_train", settings["seen"])
     for setting, names in settings.items():
@@ -72,13 +77,13 @@ def register(config: BabelConfig | None = None, prefix: str = "babel") -> Babel:
         for code in babel.pretrain_pairs() if rate else ():
             name = f"{prefix}_pretrain_{kind}_{code}"
             make = partial(_rows, babel.pretrain_examples, kind, code)
-            _add(name, kind, code, {s: partial(make, s) for s in SPLITS})
+            add(name, kind, code, {s: partial(make, s) for s in SPLITS})
             rates.append((name, rate))
     registry.add_mixture(f"{prefix}_pretrain", rates)
-    copy = f"{prefix}_pretrain_copy"
-    _add(copy, "copy", None, {s: partial(_rows, babel.copy_examples, s) for s in SPLITS})
+    name = f"{prefix}_pretrain_copy"
+    add(name, "copy", None, {s: partial(_rows, copy or babel.copy_examples, s) for s in SPLITS})
     whole = sum(rate for _, rate in rates)
-    registry.add_mixture(f"{prefix}_pretrain_bytes", [*rates, (copy, COPY_SHARE * whole)])
+    registry.add_mixture(f"{prefix}_pretrain_bytes", [*rates, (name, COPY_SHARE * whole)])
     return babel
 
 
@@ -100,12 +105,13 @@ def _rows(examples, *key):
     ]
 
 
-def _add(name, task, code, splits):
+def _add(vocabulary, name, task, code, splits):
+    feature = seqio.Feature(vocabulary, add_eos=True)
     registry.add_task(
         name,
         ExamplesSource(splits),
         [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-        OUTPUT_FEATURES,
+        {"inputs": feature, "targets": feature},
         metadata={"task": task, "language": code},
         metric_names=METRICS[task],
     )

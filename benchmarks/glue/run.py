@@ -14,22 +14,20 @@ both tasks and all seeds. `--parallel` processes work at once, each on a core of
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent import futures
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cells  # noqa: E402
+from benchmarks import cells, study  # noqa: E402
 
 HERE = "benchmarks/glue"
 
@@ -208,28 +206,11 @@ def do(cell: Cell, settings: Settings) -> str:
         found = dataclasses.asdict(cell) | train(cell, settings)
         for split in ("validation", "test") if cell.trial else ("test",):
             found[split] = evaluate(cell, settings, split)
-    found |= {"commit": _commit(), "date": time.strftime("%Y-%m-%d")}
+    found |= {"commit": study.commit(), "date": time.strftime("%Y-%m-%d")}
     partial = folder / "cell.partial"
     partial.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(partial, folder / "cell.json")
     return f"{cell.name}: {found['test'][TASKS[cell.task].metric]:.1f}, {found['seconds']:.0f} s"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
-def _start(ready: Any, compiled: str) -> None:
-    """What a process of the pool begins with: a core, and where compiled programs are kept."""
-    core = ready.get()
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", compiled)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class Plan:
@@ -271,31 +252,6 @@ class Plan:
         trials = [trial for method in self._methods for trial in self.trials(method)]
         known = dict.fromkeys([*trials, *filter(None, self.chosen())])
         return [cell for cell in known if cell not in self._done]
-
-
-def work(plan: Plan, done: dict[Cell, Any], settings: Settings, parallel: int) -> None:
-    """Does the cells of a plan, `parallel` at a time, and adds what they give to `done`.
-
-    Raises:
-      Exception: of a cell that failed; the others end first.
-    """
-    context = multiprocessing.get_context("spawn")
-    ready = context.Queue()
-    for core in cells.cores(parallel):
-        ready.put(core)
-    running: dict[futures.Future[str], Cell] = {}
-    arguments = (ready, str(settings.output / "compiled"))
-    with futures.ProcessPoolExecutor(parallel, context, _start, arguments) as pool:
-        while True:
-            waiting = [cell for cell in plan.open() if cell not in running.values()]
-            for cell in waiting[: parallel - len(running)]:
-                running[pool.submit(do, cell, settings)] = cell
-            if not running:
-                return
-            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                print(future.result(), flush=True)
-                done[cell] = settings.read(cell)
 
 
 def base_folder(path: pathlib.Path) -> pathlib.Path:
@@ -342,21 +298,13 @@ def table(done: Mapping[Cell, Mapping[str, Any]], methods: Sequence[str]) -> str
         parts.append(", ".join(sorted({f"{cell.rate:g}" for cell in mine})))
         for task, metric in columns:
             parts.append(
-                _mean([found["test"][metric] for c, found in mine.items() if c.task == task])
+                study.mean([found["test"][metric] for c, found in mine.items() if c.task == task])
             )
         for task in ("cola", "rte"):
             minutes = [f["processor_seconds"] / 60 for c, f in mine.items() if c.task == task]
             parts.append(f"{statistics.mean(minutes):.1f}" if minutes else "")
         lines.append("| " + " | ".join(parts) + " |")
     return "\n".join(lines)
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    spread = "" if error is None else f" ± {error:.1f}"
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def tell(settings: Settings, done: Mapping[Cell, Any], plan: Plan, minutes: float) -> None:
@@ -403,7 +351,13 @@ def main(argv: Sequence[str]) -> int:
     while known := [cell for cell in plan.open() if settings.read(cell)]:
         done |= {cell: settings.read(cell) for cell in known}
     start = time.monotonic()
-    work(plan, done, settings, args.parallel)
+
+    def keep(cell: Cell, said: str) -> None:
+        print(said, flush=True)
+        done[cell] = settings.read(cell)
+
+    job = functools.partial(do, settings=settings)
+    study.work(plan.open, job, keep, args.parallel, settings.output / "compiled")
     tell(settings, done, plan, (time.monotonic() - start) / 60)
     return 0
 

@@ -74,8 +74,8 @@ def read(
 ) -> Examples:
     """Reads a split of every task of a mixture.
 
-    Setting up a task's input takes longer than reading a few hundred examples, so what was read
-    last is kept: a process that evaluates several models reads once.
+    Setting up a task's input takes longer than reading a few hundred examples, so what was read in
+    the last two calls is kept: a process that evaluates several models reads each split once.
 
     Args:
       mixture: a mixture or task, or several.
@@ -108,7 +108,7 @@ def read(
     )
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _read(
     tasks: tuple[seqio.Task, ...],
     split: str,

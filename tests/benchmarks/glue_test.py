@@ -178,7 +178,7 @@ def test_the_base_comes_from_the_package(monkeypatch, tmp_path):
 def test_done_cells_are_not_done_again(monkeypatch, tmp_path):
     worked, told = [], []
     monkeypatch.setattr(run, "base_folder", lambda path: path)
-    monkeypatch.setattr(run, "work", lambda plan, done, *rest: worked.append(plan.open()))
+    monkeypatch.setattr(run.study, "work", lambda ready, *rest: worked.append(ready()))
     monkeypatch.setattr(run, "tell", lambda settings, done, plan, minutes: told.append(dict(done)))
     command = ["--output", str(tmp_path), "--methods", "lora", "--seeds", "0", "1", "--smoke"]
     assert run.main(command) == 0

@@ -1,0 +1,357 @@
+"""The family of methods: many tasks at once, zero-shot, and a new task or language from a few examples.
+
+    python benchmarks/family/run.py [--methods lora poly_s] [--ways lora z] [--seeds 0 1 2] [--minutes 60]
+
+README.md beside this file says how to read the results. A cell is one training: of a method on the datasets that are
+seen, or of a way to adapt on the shots of new datasets, from the checkpoint of its method with the same seed. What has
+a line in `cells.jsonl` is not done again (see `benchmarks.study`). Every method and every way has the same rates to
+choose from, with seed 0 and by validation: on the seen datasets for a method, on the new ones, for each number of
+shots, for a way.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import study  # noqa: E402
+from benchmarks.words import setting as words  # noqa: E402
+from benchmarks.words.setting import Settings  # noqa: E402
+
+HERE = pathlib.Path(__file__).resolve().parent
+BASE = "all"
+WORLD = "family"
+TRIAL_SEED = 0
+RATES = (0.003, 0.01)
+SHOTS = (8, 32)
+# No method sees an answer to a question, nor the language mo, in training.
+HELD_OUT = tuple(("parse", code) for code in ("te", "to", "ki", "me"))
+QA = tuple(("qa", a + b) for b in "aeio" for a in "tkm" if a + b != "mo")
+DIALS = (("held_out", HELD_OUT + QA),)
+TARGETS = {"task": [f"{WORLD}_qa_{code}" for code in ("ta", "ka", "ma")]}
+TARGETS["language"] = [f"{WORLD}_{task}_mo" for task in ("parse", "tag", "translate")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A gin file of methods/, and what is set beside it."""
+
+    file: str
+    bindings: tuple[str, ...] = ()
+
+
+_EVERYWHERE = "ADAPTED_LAYERS = '.*/(query|key|value|out|wi|wi_0|wi_1|wo)'"
+_RANK = "adapters.LowRank.rank = 8"
+_HALVES = "adapters.LowRank.rank = 4"
+_SKILLS = ("SKILLS = 8", "adapters.LowRank.rank = 4")
+_ADAMIX_LORA = (
+    "MODULES = 4",
+    "adapters.LowRank.rank = 8",
+    "adapters.LowRank.alpha = 8.0",
+    _EVERYWHERE,
+)
+_ADAMIX = ("MODULES = 4", "adapters.Bottleneck.size = 32")
+# Rank 8 is what an example of a low-rank method computes; of skills, whose average is used, it is 4.
+METHODS = {
+    "lora": Method("lora", (_RANK,)),
+    "lora_per_dataset": Method("lora_per_dataset", (_RANK,)),
+    "flix": Method("flix", (_HALVES,)),
+    "polytropon": Method("polytropon", _SKILLS),
+    "polytropon_by_task": Method("polytropon", (*_SKILLS, "adapters.Skills.by = 'task'")),
+    "poly_s": Method("poly_s", _SKILLS),
+    "poly_mu": Method("poly_mu", _SKILLS),
+    "adamix_lora": Method("adamix_lora", _ADAMIX_LORA),
+    "adamix_lora_no_consistency": Method("adamix_lora", (*_ADAMIX_LORA, "CONSISTENCY = 0.0")),
+    "pfeiffer": Method("pfeiffer", ("adapters.Bottleneck.size = 32",)),
+    "adamix_adapter": Method("adamix_adapter", _ADAMIX),
+    "adamix_adapter_no_consistency": Method("adamix_adapter", (*_ADAMIX, "CONSISTENCY = 0.0")),
+    "flix_bottleneck": Method(
+        "pfeiffer", ("adapters.Bottleneck.size = 16", "ROUTER = @adapters.Features()")
+    ),
+    "ia3": Method("ia3"),
+    "full": Method("full"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a new dataset is learnt: what trains then, and whose checkpoint it starts from (None: the base)."""
+
+    method: Method
+    source: str | None
+
+
+_COLLAPSE = "initialize.Start.collapse = True"
+WAYS = {name: Way(method, name) for name, method in METHODS.items() if name != "full"}
+WAYS |= {
+    "mu": Way(Method("lora", (_HALVES, _COLLAPSE)), "poly_s"),
+    "z": Way(Method("poly_z", ("SKILLS = 8",)), "poly_s"),
+    "lora_from_base": Way(METHODS["lora"], None),
+    "full_from_base": Way(METHODS["full"], None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training: of a method, or, where there are shots, of a way on a target."""
+
+    name_of: str
+    rate: float
+    seed: int
+    target: str = ""
+    shots: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its line and its folder."""
+        few = f"_{self.target}_{self.shots}" if self.shots else ""
+        return f"{self.name_of}{few}_{self.rate:g}_{self.seed}"
+
+    @property
+    def method(self) -> Method:
+        """What trains."""
+        return WAYS[self.name_of].method if self.shots else METHODS[self.name_of]
+
+
+@functools.cache
+def world(output: pathlib.Path) -> None:
+    """Registers the study's datasets, and the mixtures of what is new."""
+    from modjax.data import registry
+
+    words.register(output, WORLD, DIALS)
+    for target, tasks in TARGETS.items():
+        registry.add_mixture(f"{WORLD}_new_{target}", tasks)
+
+
+def adapt(cell: Cell, settings: Settings) -> study.Found:
+    """Trains a method on what is seen, and scores it on that and in zero-shot."""
+    folder = str(settings.output / "family" / cell.name)
+    files, bindings = (f"methods/{cell.method.file}.gin",), cell.method.bindings
+    macros = {
+        "MIXTURE_OR_TASK_NAME": f"{WORLD}_train",
+        "BASE": settings.base(BASE),
+        "MODEL_DIR": folder,
+        "RANDOM_SEED": cell.seed,
+        "LEARNING_RATE": cell.rate,
+    }
+    found = words.train(files, macros, bindings, settings)
+    # All of the parameters are in the checkpoint where all were trained.
+    macros = {"BASE": settings.base(BASE), "CHECKPOINT_PATH": folder}
+    score = functools.partial(words.score, files, settings=settings, bindings=bindings)
+    to = {"EVAL_OUTPUT_DIR": folder + "/validation", "MIXTURE_OR_TASK_NAME": f"{WORLD}_eval_seen"}
+    found["validation"] = score(macros | to, split="validation")
+    to = {"EVAL_OUTPUT_DIR": folder + "/test", "MIXTURE_OR_TASK_NAME": f"{WORLD}_eval"}
+    found["test"] = score(macros | to, split="test")
+    return found
+
+
+def few(cell: Cell, source: Cell | None, settings: Settings) -> study.Found:
+    """Trains a way on a target's shots; gives `validation` by step, `zero` (the start's test) and `test`."""
+    import gin
+
+    from benchmarks import cells
+    from modjax import fewshot
+
+    folder = settings.output / "family" / cell.name
+    start = str(settings.output / "family" / source.name) if source else None
+    macros = {
+        "MIXTURE_OR_TASK_NAME": f"{WORLD}_new_{cell.target}",
+        "BASE": settings.base(BASE),
+        "MODEL_DIR": str(folder),
+        "INITIAL_CHECKPOINT_PATH": start,
+        "LEARNING_RATE": cell.rate,
+        "METHOD": cell.name_of,
+        "SHOTS": cell.shots,
+        "fewshot.Protocol.seeds": (cell.seed,),
+    }
+    files = ("bases/folder.gin", f"methods/{cell.method.file}.gin", str(HERE / "few.gin"))
+    bindings = [*words.bound(macros), *cell.method.bindings, *settings.bind]
+    if settings.smoke:
+        bindings += ["TRAIN_STEPS = 2", "fewshot.Protocol.validation_examples = 2"]
+    cells.configure("fewshot", files, bindings)
+    rows = gin.get_configurable(fewshot.adapt)(operative_config=gin.operative_config_str)
+    chosen = json.loads((folder / f"seed_{cell.seed}" / "selection.json").read_text())
+    tests = {
+        when: words.by_dataset(
+            [row for row in rows if row["method"] == f"{cell.name_of}_{number}shots"]
+        )
+        for when, number in (("zero", 0), ("test", cell.shots))
+    }
+    return {"validation": chosen["validation"], "selected": chosen["selected"], **tests}
+
+
+def do(job: tuple[Cell, Cell | None], settings: Settings) -> study.Found:
+    """Does a cell, in a process of the pool."""
+    cell, source = job
+    train = functools.partial(few, cell, source) if cell.shots else functools.partial(adapt, cell)
+
+    def work() -> study.Found:
+        world(settings.output)
+        return train(settings)
+
+    return study.do(cell.name, config(cell, settings), work, settings.output / "logs" / cell.name)
+
+
+def config(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """What a cell was, for the store."""
+    own = {
+        "file": cell.method.file,
+        "bindings": list(cell.method.bindings),
+        "smoke": settings.smoke,
+    }
+    return dataclasses.asdict(cell) | own | {"bind": list(settings.bind)}
+
+
+class Plan:
+    """Which cells there are, and which can be begun."""
+
+    def __init__(
+        self,
+        methods: Sequence[str],
+        ways: Sequence[str],
+        seeds: Sequence[int],
+        store: study.Store,
+        settings: Settings,
+    ):
+        self._methods, self._ways, self._seeds = methods, ways, seeds
+        self._store, self._settings = store, settings
+
+    def found(self, cell: Cell) -> study.Found | None:
+        """What a cell gave; None if it is not done."""
+        return self._store.get(cell.name, config(cell, self._settings))
+
+    def rate(self, cell: Cell) -> float | None:
+        """The best rate for what a cell is of, whatever its own rate and seed; None until all are known."""
+        trials = [dataclasses.replace(cell, rate=rate, seed=TRIAL_SEED) for rate in RATES]
+        found = [self.found(trial) for trial in trials]
+        if not all(found):
+            return None
+        scores = [f["validation"] for f in found if f]
+        if cell.shots:
+            best = [max(curve.values()) for curve in scores]
+        else:
+            best = [sum(by_dataset.values()) for by_dataset in scores]
+        return RATES[best.index(max(best))]
+
+    def source(self, cell: Cell) -> Cell | None:
+        """The cell whose checkpoint a way starts from; None for the base."""
+        name = WAYS[cell.name_of].source
+        if name is None:
+            return None
+        rate = self.rate(Cell(name, RATES[0], TRIAL_SEED))
+        return Cell(name, rate or RATES[0], cell.seed)
+
+    def ready(self, cell: Cell) -> bool:
+        """Whether a way's source is known, and its checkpoint there."""
+        name = WAYS[cell.name_of].source
+        if name is None:
+            return True
+        source = self.source(cell)
+        if self.rate(Cell(name, RATES[0], TRIAL_SEED)) is None or source is None:
+            return False
+        return (self._settings.output / "family" / source.name).exists() and bool(
+            self.found(source)
+        )
+
+    def kinds(self) -> Iterator[Cell]:
+        """One cell of each method, and of each way, target and number of shots."""
+        for name in self._methods:
+            yield Cell(name, RATES[0], TRIAL_SEED)
+        for shots in SHOTS:
+            for target in TARGETS:
+                for name in self._ways:
+                    yield Cell(name, RATES[0], TRIAL_SEED, target, shots)
+
+    def chosen(self) -> Iterator[Cell]:
+        """The cells that are reported, as far as their rates are known; seed by seed."""
+        for seed in self._seeds:
+            for kind in self.kinds():
+                rate = self.rate(kind)
+                if rate is not None:
+                    yield dataclasses.replace(kind, rate=rate, seed=seed)
+
+    def open(self) -> list[tuple[Cell, Cell | None]]:
+        """(cell, its source) of what can be begun, in the order in which it should."""
+        trials = (dataclasses.replace(kind, rate=rate) for kind in self.kinds() for rate in RATES)
+        cells = [cell for cell in dict.fromkeys([*trials, *self.chosen()]) if not self.found(cell)]
+        return [
+            (cell, self.source(cell) if cell.shots else None)
+            for cell in cells
+            if not cell.shots or self.ready(cell)
+        ]
+
+
+def rows(plan: Plan) -> list[dict[str, Any]]:
+    """Of results.json: the tests of the chosen cells, `point` says of what: "many" or "task, 8 shots"."""
+    from tasks.babel_examples import Babel
+    from tasks.babel_world import BabelConfig
+
+    known = Babel(BabelConfig(**dict(DIALS))).datasets()
+    settings = {f"{task} {code}": setting for (task, code), setting in known.items()}
+    out = []
+    for cell in plan.chosen():
+        found = plan.found(cell)
+        for dataset, value in (found or {"test": {}})["test"].items():
+            task, language = dataset.split()
+            setting = "unseen_task" if task == "qa" else settings[dataset]
+            point = f"{cell.target}, {cell.shots} shots" if cell.shots else "many"
+            out.append(
+                {"method": cell.name_of, "task": task, "language": language, "setting": setting}
+                | {"metric": "exact_match", "value": value, "seed": cell.seed, "point": point}
+                | {"n": 100 if cell.shots else words.EXAMPLES["test"]}
+            )
+    return out
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[TRIAL_SEED])
+    parser.add_argument(
+        "--output", default="runs/words", type=pathlib.Path, help="bases, checkpoints, logs"
+    )
+    parser.add_argument(
+        "--store", type=pathlib.Path, help="what is done; by default cells.jsonl beside this file"
+    )
+    parser.add_argument("--parallel", type=int, default=2, help="processes at once (default: 2)")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no cell after this"
+    )
+    parser.add_argument("--bind", nargs="*", default=[], help="gin bindings of training")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
+    args = parser.parse_args(argv)
+
+    file = args.store or (args.output if args.smoke else HERE) / "cells.jsonl"
+    store = study.Store(file)
+    settings = Settings(args.output.resolve(), args.smoke, tuple(args.bind))
+    plan = Plan(args.methods, args.ways, args.seeds, store, settings)
+    start = time.monotonic()
+    if not settings.has_base(BASE):
+        words.pretrain(BASE, settings)
+
+    def keep(job: tuple[Cell, Cell | None], found: study.Found) -> None:
+        store.add(found)
+        print(
+            f"{job[0].name}: {found['seconds']:.0f} s, {(time.monotonic() - start) / 60:.1f} minutes",
+            flush=True,
+        )
+
+    job = functools.partial(do, settings=settings)
+    until = start + 60 * args.minutes
+    all_done = study.work(plan.open, job, keep, args.parallel, settings.output / "compiled", until)
+    target = study.write_rows(rows(plan), file)
+    print(f"{'all cells are done' if all_done else 'time was up'}; wrote {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

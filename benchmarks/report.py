@@ -1,0 +1,422 @@
+"""The report of the studies, drawn from what they stored; nothing is trained.
+
+    pip install -c constraints.txt -e '.[studies]'
+    python -m benchmarks.report [--output docs/studies]
+
+reads `zero_shot/` and `family/`, each its results.json and its cells.jsonl, and writes plots as SVG and `tables.md`. A
+part whose cells are not there yet is left out, and named. The last line is JSON, one goal for each question that is
+answered.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks import study
+
+HERE = pathlib.Path(__file__).resolve().parent
+Row = Mapping[str, Any]
+SETTINGS = {
+    "seen": "seen datasets",
+    "unseen_pair": "unseen pair",
+    "unseen_language": "unseen language",
+}
+POLICY = ", language off for unseen pairs"
+Scores = Mapping[
+    tuple[str, str, str], Sequence[float]
+]  # (point, method, setting) -> the mean of each seed
+
+
+def read(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows, cells) of a study's folder, empty where it has none."""
+    rows, cells = HERE / name / "results.json", HERE / name / "cells.jsonl"
+    found = json.loads(rows.read_text()) if rows.exists() else []
+    lines = cells.read_text().splitlines() if cells.exists() else []
+    return found, [json.loads(line) for line in lines]
+
+
+def scores(rows: Sequence[Row]) -> Scores:
+    """Each seed's mean over the datasets of a setting."""
+    groups: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        key = (row["point"], row["method"], row["setting"])
+        groups.setdefault(key, {}).setdefault(row["seed"], []).append(row["value"])
+    return {
+        key: [statistics.fmean(values) for _, values in sorted(seeds.items())]
+        for key, seeds in groups.items()
+    }
+
+
+def table(found: Scores, settings: Sequence[str]) -> str:
+    """A block of Markdown for each point: methods down, settings across."""
+    blocks = []
+    for point in _distinct(point for point, _, _ in found):
+        lines = [
+            f"| {point} | " + " | ".join(settings) + " | seeds |",
+            "|---" * (len(settings) + 2) + "|",
+        ]
+        for method in _distinct(method for at, method, _ in found if at == point):
+            values = [found.get((point, method, setting), ()) for setting in settings]
+            seeds = max(map(len, values))
+            lines.append(f"| {method} | " + " | ".join(map(study.mean, values)) + f" | {seeds} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _distinct(items: Any) -> list[Any]:
+    return list(dict.fromkeys(items))
+
+
+def draw_map(found: Scores, path: pathlib.Path) -> None:
+    """Bars of every method at every point, a column for each setting; whiskers are standard errors over seeds."""
+    plt = _pyplot()
+    points = _distinct(point for point, _, _ in found)
+    methods = _distinct(method for _, method, _ in found)
+    figure, axes = plt.subplots(
+        len(points), len(SETTINGS), squeeze=False, sharex=True, sharey=True,
+        figsize=(11, 0.6 + len(points) * (0.5 + 0.19 * len(methods))), layout="constrained",
+    )  # fmt: skip
+    for across, (setting, title) in enumerate(SETTINGS.items()):
+        for down, point in enumerate(points):
+            axis = axes[down][across]
+            for place, method in enumerate(methods):
+                values = found.get((point, method, setting))
+                if values:
+                    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+                    axis.barh(
+                        place,
+                        statistics.fmean(values),
+                        xerr=error,
+                        color=_colour(method),
+                        height=0.75,
+                    )
+            axis.set_yticks(range(len(methods)), methods, fontsize=7)
+            axis.set_title(f"{title}, {point}", fontsize=9)
+            axis.grid(axis="x", alpha=0.3)
+    axes[0][0].invert_yaxis()
+    axes[0][0].set_xlim(0, 100)
+    for axis in axes[-1]:
+        axis.set_xlabel("exact match, %")
+    _save(figure, path)
+
+
+def _colour(method: str) -> str:
+    if method.startswith("lora") or method == "task_only":
+        return "#777777"
+    return "#c2410c" if POLICY in method else "#1d4ed8"
+
+
+def draw_scatter(
+    places: Mapping[str, tuple[float, float]], across: str, up: str, path: pathlib.Path, log: bool
+) -> None:
+    """Methods as labelled points."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method, (x, y) in places.items():
+        axis.plot(x, y, "o", color=_colour(method))
+        axis.annotate(method, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
+    if log:
+        axis.set_xscale("log")
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_lines(
+    series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, path: pathlib.Path
+) -> None:
+    """A line for each name."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    styles = ("-", "--", ":", "-.")
+    for i, (name, line) in enumerate(series.items()):
+        axis.plot(
+            *zip(*line, strict=True), styles[i // 10 % 4], marker="o", markersize=3, label=name
+        )
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, ncols=2)
+    _save(figure, path)
+
+
+def draw_heat(
+    values: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, path: pathlib.Path
+) -> None:
+    """A heat map, rows by name."""
+    plt = _pyplot()
+    size = (1.8 + 0.45 * len(columns), 0.9 + 0.17 * len(values))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    image = axis.imshow(list(values.values()), aspect="auto", cmap="viridis")
+    axis.set_yticks(range(len(values)), list(values), fontsize=6)
+    axis.set_xticks(range(len(columns)), columns, fontsize=7, rotation=45, ha="right")
+    axis.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axis)
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit(
+            "The plots need matplotlib: pip install -c constraints.txt -e '.[studies]'"
+        ) from None
+    matplotlib.use("svg")
+    # The same data give the same file.
+    matplotlib.rcParams |= {"svg.hashsalt": "modjax", "svg.fonttype": "none", "font.size": 8}
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    _pyplot().close(figure)
+
+
+# The parts. Each writes its plots, and returns its Markdown and its goals.
+
+Part = tuple[str, list[dict[str, Any]]]
+
+
+def zero_shot(output: pathlib.Path) -> Part:
+    """The map of where which method wins, what features hold, and the question whether FLix beats LoRA."""
+    rows, cells = read("zero_shot")
+    if not rows:
+        return "", []
+    found = scores(rows)
+    draw_map(found, output / "zero_shot.svg")
+    parts = ["## Zero-shot", table(found, list(SETTINGS)), _switched(cells, rows)]
+    norms = {cell["config"]["method"]: cell["norms"] for cell in cells if cell.get("norms")}
+    parts.append(_norms(norms, output))
+    ours = {name for _, name, _ in found if name.startswith("flix")}
+    return "\n\n".join(filter(None, parts)), [
+        *_question(found, "FLix over LoRA of the same compute, seen", "seen", {"flix"}, {"lora"}),
+        *_question(
+            found,
+            "FLix over LoRA of the same compute, unseen pair",
+            "unseen_pair",
+            {"flix"},
+            {"lora"},
+        ),
+        *_question(
+            found,
+            "the best FLix over the best LoRA, unseen pair",
+            "unseen_pair",
+            ours,
+            {"lora", "lora_wide", "task_only"},
+        ),
+        *_question(
+            found,
+            "feature dropout over none, unseen pair",
+            "unseen_pair",
+            {"flix"},
+            {"flix_no_dropout"},
+        ),
+        *_question(found, "a shared feature over none, seen", "seen", {"flix_shared"}, {"flix"}),
+    ]
+
+
+def _question(
+    found: Scores, name: str, setting: str, ours: set[str], theirs: set[str]
+) -> list[dict[str, Any]]:
+    """A goal: the mean over points of the best of ours less the best of theirs, in points of exact match, above 0."""
+    gaps = []
+    for point in _distinct(point for point, _, _ in found):
+        sides = [
+            [statistics.fmean(values) for (at, method, of), values in found.items()
+             if (at, of) == (point, setting) and method in side]
+            for side in (ours, theirs)
+        ]  # fmt: skip
+        if all(sides):
+            gaps.append(max(sides[0]) - max(sides[1]))
+    if not gaps:
+        return []
+    value = round(statistics.fmean(gaps), 2)
+    return [
+        {"name": f"{name} ({len(gaps)} points)", "value": value, "goal": "> 0", "holds": value > 0}
+    ]
+
+
+def _switched(cells: Sequence[Row], rows: Sequence[Row]) -> str:
+    """What is left when the language, or the task, is off: by point and method, seed by seed averaged."""
+    settings = {f"{row['task']} {row['language']}": row["setting"] for row in rows}
+    chosen = {(row["point"], row["method"], row["seed"]) for row in rows}
+    best: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
+    validated = _best_rates(cells)
+    for cell in cells:
+        config = cell["config"]
+        key = (config.get("point"), config.get("method"))
+        if (
+            "language_off" not in cell
+            or (*key, config["seed"]) not in chosen
+            or validated[key] != config["rate"]
+        ):
+            continue
+        into = best.setdefault(key, collections.defaultdict(list))
+        for form in ("test", "language_off", "task_off"):
+            for setting in ("seen", "unseen_pair"):
+                values = [
+                    v
+                    for d, v in cell[form].items()
+                    if settings[d] == setting and d.startswith("parse")
+                ]
+                into[form, setting].append(statistics.fmean(values))
+    if not best:
+        return ""
+    lines = [
+        "Parses with features off:",
+        "",
+        "| point | method | seen: all on | language off | task off | unseen pair: all on | language off | task off |",
+    ]
+    lines.append("|---" * 8 + "|")
+    for (point, method), values in best.items():
+        shown = [
+            study.mean(values[form, s])
+            for s in ("seen", "unseen_pair")
+            for form in ("test", "language_off", "task_off")
+        ]
+        lines.append(f"| {point} | {method} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _best_rates(cells: Sequence[Row]) -> dict[tuple[str, str], float]:
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    for cell in sorted(
+        (c for c in cells if c["config"].get("seed") == 0), key=lambda c: c["config"]["rate"]
+    ):
+        config, score = cell["config"], sum(cell["validation"].values())
+        key = (config.get("point"), config["method"])
+        if key not in found or score > found[key][0]:
+            found[key] = (score, config["rate"])
+    return {key: rate for key, (_, rate) in found.items()}
+
+
+def _norms(norms: Mapping[str, Mapping[str, Mapping[str, float]]], output: pathlib.Path) -> str:
+    if "flix" not in norms:
+        return ""
+    layers = list(norms["flix"])
+    modules = _distinct(module for of in norms["flix"].values() for module in of)
+    values = {
+        module: [norms["flix"][layer].get(module, 0.0) for layer in layers] for module in modules
+    }
+    draw_heat(values, layers, "norm of each feature's update", output / "feature_norms.svg")
+    return "The norms of FLix's updates by layer: `feature_norms.svg`."
+
+
+def family(output: pathlib.Path) -> Part:
+    """Many tasks at once, zero-shot, few-shot: tables, plots and the questions of the family."""
+    rows, cells = read("family")
+    if not rows:
+        return "", []
+    many = [row for row in rows if row["point"] == "many" and row["setting"] != "unseen_task"]
+    few = [row for row in rows if row["point"] != "many"]
+    parts = ["## The family", table(scores(many), list(SETTINGS))]
+    trained = {cell["config"]["name_of"]: cell for cell in cells if not cell["config"]["shots"]}
+    seen = {
+        m: statistics.fmean(v) for (_, m, setting), v in scores(many).items() if setting == "seen"
+    }
+    score = "exact match on seen datasets, %"
+    draw_scatter(
+        {m: (trained[m]["trained"], y) for m, y in seen.items()},
+        "trained parameters",
+        score,
+        output / "parameters.svg",
+        True,
+    )
+    step = {m: trained[m]["training_seconds"] / trained[m]["steps"] for m in seen}
+    draw_scatter(
+        {m: (step[m], y) for m, y in seen.items()},
+        "seconds of training by the clock, each step",
+        score,
+        output / "step_time.svg",
+        False,
+    )
+    for name, cell in trained.items():
+        if name == "polytropon" and cell.get("routing"):
+            skills = [f"skill {i}" for i in range(len(next(iter(cell["routing"].values()))))]
+            weights = {d.partition("_")[2]: w for d, w in cell["routing"].items()}
+            draw_heat(
+                weights, skills, "Polytropon's routing, mean over layers", output / "routing.svg"
+            )
+    goals: list[dict[str, Any]] = []
+    if few:
+        means = {
+            key[:2]: v for key, v in scores([{**row, "setting": "new"} for row in few]).items()
+        }
+        for target in _distinct(point.partition(",")[0] for point, _ in means):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for (point, method), values in means.items():
+                if point.startswith(target + ","):
+                    shots = int(point.split()[1])
+                    lines.setdefault(method, []).append((shots, statistics.fmean(values)))
+            name = f"few_shot_{target}.svg"
+            draw_lines(
+                {m: sorted(v) for m, v in lines.items()},
+                "shots",
+                f"exact match, new {target}, %",
+                output / name,
+            )
+        shown = {(point, method, "new"): values for (point, method), values in means.items()}
+        parts.append(table(shown, ["new"]))
+        for title, ours, theirs in (
+            ("Poly-S over Polytropon, few-shot", "poly_s", "polytropon"),
+            ("Poly-S over shared LoRA, few-shot", "poly_s", "lora"),
+            ("mu over Poly-S, few-shot", "mu", "poly_s"),
+            ("z over Poly-S, few-shot", "z", "poly_s"),
+        ):
+            goals += _question(shown, title, "new", {ours}, {theirs})
+    found = scores(many)
+    for title, ours, theirs in (
+        ("AdaMix over LoRA, seen", "adamix_lora", "lora"),
+        ("AdaMix over bottlenecks, seen", "adamix_adapter", "pfeiffer"),
+        ("consistency over none, LoRA, seen", "adamix_lora", "adamix_lora_no_consistency"),
+        (
+            "consistency over none, bottlenecks, seen",
+            "adamix_adapter",
+            "adamix_adapter_no_consistency",
+        ),
+        ("FLix over bottlenecks against one bottleneck, seen", "flix_bottleneck", "pfeiffer"),
+    ):
+        goals += _question(found, title, "seen", {ours}, {theirs})
+    return "\n\n".join(parts), goals
+
+
+PARTS: Mapping[str, Callable[[pathlib.Path], Part]] = {"zero_shot": zero_shot, "family": family}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", default=HERE.parent / "docs" / "studies", type=pathlib.Path)
+    args = parser.parse_args(argv)
+    texts, goals = (
+        [
+            "# Tables of the studies",
+            "Made by `python -m benchmarks.report`: exact match in percent, mean and standard error over seeds.",
+        ],
+        [],
+    )
+    for name, part in PARTS.items():
+        text, found = part(args.output)
+        if not text:
+            print(f"{name} has no results yet")
+            continue
+        texts.append(text)
+        goals += found
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "tables.md").write_text("\n\n".join(texts) + "\n")
+    print(f"wrote {args.output / 'tables.md'}")
+    print(json.dumps({"goals": goals}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""The study of the family: which cells there are, what starts from what, and what is reported."""
+
+import pytest
+
+from benchmarks import cells, study
+from benchmarks.family import run
+from benchmarks.words import setting as words
+
+RUN = [f"{name} = 'some'" for name in ("MIXTURE_OR_TASK_NAME", "BASE", "MODEL_DIR")]
+
+
+@pytest.fixture
+def gin():
+    import gin
+
+    yield gin
+    gin.clear_config(clear_constants=True)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return words.Settings(tmp_path)
+
+
+def plan(settings, methods=("poly_s",), ways=("z",), seeds=(0, 1)):
+    store = study.Store(settings.output / "cells.jsonl")
+    return run.Plan(methods, ways, seeds, store, settings), store
+
+
+def done(store, settings, cell, score=50.0):
+    validation = {"0": 0.0, "200": score} if cell.shots else {"parse ta": score}
+    found = {"validation": validation, "test": {"parse ta": score, "qa ta": 1.0}}
+    store.add({"name": cell.name, "config": run.config(cell, settings), **found})
+    (settings.output / "family" / cell.name).mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("name", [*run.METHODS, *run.WAYS])
+def test_the_bindings_of_every_method_and_way_are_read(name, gin):
+    method = run.WAYS[name].method if name in run.WAYS else run.METHODS[name]
+    files = ("bases/folder.gin", f"methods/{method.file}.gin", str(words.HERE / "adapt.gin"))
+    cells.configure("train", files, [*RUN, *method.bindings])
+    assert gin.query_parameter("%METHOD")
+
+
+def test_a_way_waits_for_the_rate_and_the_checkpoint_of_its_source(settings):
+    first, store = plan(settings)
+    trials = [run.Cell("poly_s", rate, 0) for rate in run.RATES]
+    assert [cell for cell, _ in first.open()] == trials
+    for trial, score in zip(trials, (40.0, 60.0), strict=True):
+        done(store, settings, trial, score)
+    best = run.Cell("poly_s", run.RATES[1], 0)
+    opened = first.open()
+    assert opened[-1] == (run.Cell("poly_s", run.RATES[1], 1), None)
+    assert len(opened) == len(run.SHOTS) * len(run.TARGETS) * len(run.RATES) + 1
+    assert all(source == best for cell, source in opened if cell.shots)
+
+
+def test_a_way_of_another_seed_starts_from_that_seeds_checkpoint(settings):
+    first, store = plan(settings)
+    for rate in run.RATES:
+        done(store, settings, run.Cell("poly_s", rate, 0))
+        for target in run.TARGETS:
+            for shots in run.SHOTS:
+                done(store, settings, run.Cell("z", rate, 0, target, shots), 10 * rate)
+    waiting = [cell for cell, _ in first.open()]
+    assert waiting == [run.Cell("poly_s", run.RATES[0], 1)]
+    done(store, settings, waiting[0])
+    assert {(cell.rate, cell.seed, source) for cell, source in first.open()} == {
+        (run.RATES[1], 1, waiting[0])
+    }
+
+
+def test_a_way_from_the_base_waits_for_nothing(settings):
+    first, _ = plan(settings, methods=(), ways=("lora_from_base",))
+    assert all(source is None for _, source in first.open()) and first.open()
+
+
+def test_results_say_what_they_are_of(settings):
+    first, store = plan(settings, seeds=(0,))
+    for rate in run.RATES:
+        done(store, settings, run.Cell("poly_s", rate, 0))
+        done(store, settings, run.Cell("z", rate, 0, "task", 8))
+    rows = run.rows(first)
+    assert {(row["method"], row["point"], row["setting"]) for row in rows} == {
+        ("poly_s", "many", "seen"),
+        ("poly_s", "many", "unseen_task"),
+        ("z", "task, 8 shots", "seen"),
+        ("z", "task, 8 shots", "unseen_task"),
+    }
+
+
+def test_questions_are_held_out_in_every_language(settings):
+    run.world(settings.output)
+    from modjax.data import registry
+
+    seen = registry.tasks_of(f"{run.WORLD}_train")
+    assert len(seen) == 28 and not any("_qa_" in name or name.endswith("_mo") for name in seen)
+    assert registry.tasks_of(f"{run.WORLD}_new_task") == [
+        f"family_qa_{c}" for c in ("ka", "ma", "ta")
+    ]

@@ -1,0 +1,105 @@
+"""The study of zero-shot: which cells there are, how a rate is chosen, and what is reported."""
+
+import json
+
+import pytest
+
+from benchmarks import cells, study
+from benchmarks.words import setting as words
+from benchmarks.zero_shot import run
+from modjax.evaluation import results
+
+POINT = "all-4"
+
+
+RUN = [f"{name} = 'some'" for name in ("MIXTURE_OR_TASK_NAME", "BASE", "MODEL_DIR")]
+
+
+@pytest.fixture
+def gin():
+    import gin
+
+    yield gin
+    gin.clear_config(clear_constants=True)
+
+
+@pytest.mark.parametrize("method", run.METHODS)
+def test_the_bindings_of_every_method_are_read(method, gin):
+    cell = run.Cell("all-16", method)
+    files = ("bases/folder.gin", *cell.files(), str(words.HERE / "adapt.gin"))
+    cells.configure("train", files, [*RUN, *cell.bindings()])
+    assert gin.query_parameter("%METHOD")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return run.Settings(tmp_path, False, ())
+
+
+def plan(settings, methods=("lora", "flix"), seeds=(0, 1)):
+    store = study.Store(settings.output / "cells.jsonl")
+    return run.Plan([POINT], methods, seeds, store, settings), store
+
+
+def done(store, settings, cell, score=50.0, **more):
+    test = {"parse ta": score, "parse te": 10.0, "parse mo": 5.0}
+    found = {"validation": {"parse ta": score}, "test": test, **more}
+    store.add({"name": cell.name, "config": cell.config(settings), **found})
+
+
+def with_base(store, settings):
+    folder = settings.output / "bases" / "all"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    done(store, settings, run.Cell(POINT))
+
+
+def test_the_base_comes_first(settings):
+    first, _ = plan(settings)
+    assert [cell.name for cell in first.open()] == ["base_all"]
+
+
+def test_a_base_whose_folder_is_gone_is_made_again(settings):
+    first, store = plan(settings)
+    done(store, settings, run.Cell(POINT))
+    assert [cell.name for cell in first.open()] == ["base_all"]
+
+
+def test_rates_are_tried_with_one_seed_and_the_best_is_taken_for_the_others(settings):
+    first, store = plan(settings, methods=("lora",))
+    with_base(store, settings)
+    assert [(c.rate, c.seed) for c in first.open()] == [(rate, 0) for rate in run.RATES]
+    for rate, score in zip(run.RATES, (20.0, 60.0, 60.0), strict=True):
+        assert first.rate(POINT, "lora") is None
+        done(store, settings, run.Cell(POINT, "lora", rate, 0), score)
+    assert first.rate(POINT, "lora") == run.RATES[1]  # the smaller one, of equals
+    assert first.open() == [run.Cell(POINT, "lora", run.RATES[1], 1)]
+
+
+def test_all_methods_have_gin_files_and_sizes_of_their_rank():
+    for method in run.METHODS:
+        cell = run.Cell("all-16", method, 0.01, 0)
+        assert not any("{R" in binding for binding in cell.bindings())
+    assert run.Cell("all-16", "flix").bindings()[0] == "adapters.LowRank.rank = 8"
+    shared = run.Cell("all-16", "flix_shared").bindings()
+    assert "adapters.LowRank.rank = {'task': 8, 'language': 4, 'shared': 4}" in shared
+    assert {m for m in run.METHODS if run.METHODS[m].routed} == {
+        m for m in run.METHODS if m.startswith("flix")
+    }
+
+
+def test_results_have_the_policy_as_a_method_of_its_own(settings):
+    first, store = plan(settings, methods=("flix",), seeds=(0,))
+    with_base(store, settings)
+    off = {"parse ta": 1.0, "parse te": 30.0, "parse mo": 1.0}
+    for rate in run.RATES:
+        done(store, settings, run.Cell(POINT, "flix", rate, 0), language_off=off)
+    rows = run.rows(first)
+    values = {(r["method"], r["setting"]): r["value"] for r in rows}
+    policy = "flix, language off for unseen pairs"
+    assert values["flix", "unseen_pair"] == 10.0 and values[policy, "unseen_pair"] == 30.0
+    assert values["flix", "seen"] == values[policy, "seen"] == 50.0
+    assert values["flix", "unseen_language"] == values[policy, "unseen_language"] == 5.0
+    results.check([{k: v for k, v in row.items() if k != "point"} for row in rows], "rows")
+    assert {row["point"] for row in rows} == {POINT}
+    json.dumps(rows)
