@@ -100,6 +100,22 @@ def batch(method: Method, seed: int = 0) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.asarray, tokens)
 
 
+def padded(count: int) -> list[dict[str, np.ndarray]]:
+    """Batches of random tokens, the second half of a row's places partly padding; rows are of random datasets."""
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        rows = {"tasks": draw.integers(1, 23, (BATCH, 1), np.int32)}
+        for name in ("encoder_input_tokens", "decoder_target_tokens"):
+            tokens = draw.integers(2, CONFIG.vocab_size, (BATCH, LENGTH), np.int32)
+            lengths = draw.integers(LENGTH // 2, LENGTH + 1, (BATCH, 1))
+            rows[name] = np.where(np.arange(LENGTH) < lengths, tokens, 0)
+        targets = rows["decoder_target_tokens"]
+        rows["decoder_input_tokens"] = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+        found.append(rows)
+    return found
+
+
 def in_transformers() -> Any:
     """The configuration of the same network in transformers, without dropout."""
     import transformers

@@ -15,27 +15,23 @@ the processor's time of the process.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks import measure
+from benchmarks import measure, sides
 
 CASES = ("lora", "poly", "mtop")
 LENGTHS = {"inputs": 160, "targets": 128}
 TOKENS = ("encoder_input_tokens", "decoder_target_tokens")
 MEGABATCH = 50  # batches that are sorted together, as in transformers
-
-Batches = list[dict[str, np.ndarray]]
 
 
 # What both sides compute. The parent makes it, in a process of its own, and leaves it in a folder.
@@ -52,21 +48,9 @@ def prepare(folder: pathlib.Path, cases: Sequence[str], data_dir: str | None) ->
     transformers.T5ForConditionalGeneration(setting.in_transformers()).save_pretrained(
         folder / "base"
     )
-    draw = np.random.default_rng(0)
-    rows = []
-    for _ in range(4):
-        row = {"tasks": draw.integers(1, 23, (setting.BATCH, 1), np.int32)}
-        for name in TOKENS:
-            tokens = draw.integers(
-                2, setting.CONFIG.vocab_size, (setting.BATCH, setting.LENGTH), np.int32
-            )
-            lengths = draw.integers(setting.LENGTH // 2, setting.LENGTH + 1, (setting.BATCH, 1))
-            row[name] = np.where(np.arange(setting.LENGTH) < lengths, tokens, 0)
-        rows.append(with_inputs(row))
-    write(folder / "ours_lora", rows)
-    write(folder / "theirs_lora", rows)
-    write(folder / "ours_poly", rows)
-    write(folder / "theirs_poly", rows)
+    rows = setting.padded(4)
+    for name in ("ours_lora", "theirs_lora", "ours_poly", "theirs_poly"):
+        sides.write(folder / name, rows)
     if "mtop" in cases:
         prepare_mtop(folder, data_dir, setting.BATCH)
 
@@ -91,7 +75,7 @@ def prepare_mtop(folder: pathlib.Path, data_dir: str | None, rows: int) -> None:
         "mtop6_train", "train", space, batch_size=rows, pack=True, **settings
     )
     ours = [next(packed) for _ in range(12)]
-    write(folder / "ours_mtop", ours)
+    sides.write(folder / "ours_mtop", ours)
     single = pipeline.train_iterator(
         "mtop6_train", "train", space, batch_size=1, pack=False, **settings
     )
@@ -118,31 +102,13 @@ def prepare_mtop(folder: pathlib.Path, data_dir: str | None, rows: int) -> None:
             }
         )
     order = np.random.default_rng(0).permutation(len(found))
-    write(folder / "theirs_mtop", [found[i] for i in order])
-
-
-def with_inputs(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch with what its decoder reads: the targets, one place later."""
-    targets = row["decoder_target_tokens"]
-    return row | {"decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1]}
-
-
-def write(folder: pathlib.Path, batches: Batches) -> None:
-    """One file for each batch."""
-    folder.mkdir()
-    for number, batch in enumerate(batches):
-        np.savez(folder / f"{number:04}.npz", **batch)
-
-
-def read(folder: pathlib.Path) -> Batches:
-    """What `write` wrote, in its order."""
-    return [dict(np.load(path)) for path in sorted(folder.glob("*.npz"))]
+    sides.write(folder / "theirs_mtop", [found[i] for i in order])
 
 
 # The two sides. Each gives a function that does a step on a batch and returns its loss.
 
 
-def our_side(folder: pathlib.Path, case: str) -> tuple[Callable[[Any], float], Callable[[], None]]:
+def our_side(folder: pathlib.Path, case: str) -> sides.Made:
     """A step of ours. Returns (step, what is to be called once everything is imported)."""
     from benchmarks import setting
     from modjax import hub
@@ -151,7 +117,7 @@ def our_side(folder: pathlib.Path, case: str) -> tuple[Callable[[Any], float], C
     made: list[Any] = []
 
     def start() -> None:
-        first = read(folder / f"ours_{case}")[0]
+        first = sides.read(folder / f"ours_{case}")[0]
         _, base = hub.load_base(folder / "base")
         made.append(setting.Step(setting.METHODS[name], base, first))
 
@@ -162,9 +128,7 @@ def our_side(folder: pathlib.Path, case: str) -> tuple[Callable[[Any], float], C
     return step, start
 
 
-def their_side(
-    folder: pathlib.Path, case: str, threads: int
-) -> tuple[Callable[[Any], float], Callable[[], None]]:
+def their_side(folder: pathlib.Path, case: str, threads: int) -> sides.Made:
     """A step of torch and peft. Returns (step, what is to be called once everything is imported)."""
     import peft
     import torch
@@ -209,89 +173,28 @@ def their_side(
 
 
 def serve(side: str, case: str, folder: pathlib.Path, cores: int) -> None:
-    """A side's process: reads numbers of batches, answers with what a step on each took."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print does not mix with the answers
-    clock = measure.use_cores(cores)
-    threads = len(os.sched_getaffinity(0))
-    step, start = our_side(folder, case) if side == "ours" else their_side(folder, case, threads)
-    imported = peak_memory()
-    start()
-    batches = read(folder / f"{side}_{case}")
-    useful = [int((batch["decoder_target_tokens"] > 0).sum()) for batch in batches]
-    print(json.dumps({"batches": len(batches), "targets": useful}), file=answers, flush=True)
-    for line in sys.stdin:
-        began = clock()
-        loss = step(batches[int(line)])
-        seconds = clock() - began
-        peak = peak_memory()
-        found = {"seconds": seconds, "loss": loss, "peak": peak, "beyond": peak - imported}
-        print(json.dumps(found), file=answers, flush=True)
+    """A side's process."""
 
+    def make() -> sides.Made:
+        if side == "ours":
+            return our_side(folder, case)
+        return their_side(folder, case, len(os.sched_getaffinity(0)))
 
-def peak_memory() -> float:
-    """The largest resident set of this process so far, in MB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-class Side:
-    """A side's process, seen from the parent."""
-
-    def __init__(self, side: str, case: str, folder: pathlib.Path, cores: int):
-        command = [sys.executable, "-m", "benchmarks.vs_peft", "--serve", side, case, str(folder)]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [*command, "--cores", str(cores)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.known = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"A side ended with status {self._process.wait()}; see above.")
-        return json.loads(line)
-
-    def step(self, number: int) -> dict[str, Any]:
-        """Does a step on the batch of that number, counted on beyond the last one."""
-        assert self._process.stdin is not None
-        print(number % self.known["batches"], file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-@contextlib.contextmanager
-def both(case: str, folder: pathlib.Path, cores: int) -> Iterator[dict[str, Side]]:
-    """The two processes of a case."""
-    sides = {name: Side(name, case, folder, cores) for name in ("ours", "theirs")}
-    try:
-        yield sides
-    finally:
-        for side in sides.values():
-            side.close()
+    sides.serve(make, folder / f"{side}_{case}", cores)
 
 
 def compare(case: str, folder: pathlib.Path, rounds: int, cores: int) -> list[dict[str, Any]]:
     """Times a case, prints what was found, and returns its goals."""
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    with both(case, folder, cores) as sides:
-        first = {name: side.step(0)["loss"] for name, side in sides.items()}
+    command = [sys.executable, "-m", "benchmarks.vs_peft", "--cores", str(cores), "--serve"]
+    commands = {name: [*command, name, case, str(folder)] for name in found}
+    with sides.started(commands) as processes:
+        first = {name: side.step(0)["loss"] for name, side in processes.items()}
         if case == "lora" and abs(first["ours"] - first["theirs"]) > 1e-4 * first["theirs"]:
             raise SystemExit(f"The sides do not compute the same: they lose {first}.")
         print(f"{case}: loss on the first batch {first['ours']:.5f} and {first['theirs']:.5f}")
         for number in range(1, rounds + 1):
-            for name, side in sides.items():
+            for name, side in processes.items():
                 answer = side.step(number)
                 answer["targets"] = side.known["targets"][number % side.known["batches"]]
                 found[name].append(answer)
