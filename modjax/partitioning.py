@@ -188,6 +188,12 @@ def in_force(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
         _IN_FORCE.reset(token)
 
 
+def rows_are_divided() -> bool:
+    """Whether the step that is being traced divides a batch over several devices, as far as is known."""
+    found = _IN_FORCE.get()
+    return found is not None and row_shards(found[0]) > 1
+
+
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     """An activation, placed by the rules in force; a dimension that they cannot divide stays whole.
 
@@ -218,7 +224,9 @@ def _constrained(x: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array
     return constrain(x, names), None
 
 
-def _unconstrained(names: tuple[str | None, ...], _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+def _unconstrained(
+    names: tuple[str | None, ...], _: None, cotangent: jax.Array
+) -> tuple[jax.Array]:
     del names
     return (cotangent,)
 
