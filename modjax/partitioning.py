@@ -212,7 +212,7 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def constrain_forward(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """`constrain` for values alone: `constrain` places their gradient likewise, and here that is left to XLA, as it was.
+    """`constrain` for values alone: `constrain` places their gradient likewise, and here that is left to XLA.
 
     For what is looked up in a table that may train: with both placed, a gradient was once off by 8e-4 on a mesh of all
     three axes (not found again).

@@ -41,8 +41,9 @@ def rows(table: Array, index: Array, axis: str | None) -> Array:
 
 
 def _adjoint(equation: str, cotangent: Array, index: Array, size: int) -> Array:
-    """The gradient of a table as a product with a matrix of zeros and ones, exactly: no operation is divided over a mesh
-    more simply. On one device the scattered addition of zeros and rows takes less time.
+    """The gradient of a table as a product with a matrix of zeros and ones, exactly.
+
+    Nothing is divided over a mesh more simply. On one device the scattered addition of rows to zeros takes less time.
     """
     used = (index[..., None] == jnp.arange(size)).astype(cotangent.dtype)
     used = partitioning.constrain(used, ("lookup", None, None))
