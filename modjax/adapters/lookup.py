@@ -24,6 +24,9 @@ def columns(table: Array, index: Array, axis: str | None) -> Array:
       index: the columns of each row.
       axis: the logical name of D; None leaves to XLA how the result lies.
     """
+    if axis is not None:
+        # Devices tell each other the ids, or some of the table, or the matrix of `_adjoint`, would travel for them.
+        index = partitioning.constrain(index, ("lookup", None))
     found = _columns(table, index)
     if axis is not None:
         found = partitioning.constrain(found, (axis, "lookup", None))
@@ -33,6 +36,8 @@ def columns(table: Array, index: Array, axis: str | None) -> Array:
 
 def rows(table: Array, index: Array, axis: str | None) -> Array:
     """`[R, D]` at rows int32 `[B, N]`: `[B, N, D]`; the same for the other side of a bank."""
+    if axis is not None:
+        index = partitioning.constrain(index, ("lookup", None))
     found = _rows(table, index)
     if axis is not None:
         found = partitioning.constrain(found, ("lookup", None, axis))
@@ -45,8 +50,6 @@ def _adjoint(equation: str, cotangent: Array, index: Array, size: int) -> Array:
 
     Nothing is divided over a mesh more simply. On one device the scattered addition of rows to zeros takes less time.
     """
-    # Devices tell each other the ids, not the matrix.
-    index = partitioning.constrain(index, ("lookup", None))
     used = (index[..., None] == jnp.arange(size)).astype(cotangent.dtype)
     used = partitioning.constrain(used, ("lookup", None, None))
     return jnp.einsum(equation, cotangent, used, precision="highest")
