@@ -43,12 +43,14 @@ class Method:
       router: who uses it.
       languages: values of the second feature; the first one has four.
       consistency: see `models.Model`.
+      lazy: see `optimizers.Optimizer`.
     """
 
     bank: Any = None
     router: Any = None
     languages: int = 22
     consistency: float = 0.0
+    lazy: bool = False
 
     @property
     def module(self) -> Any:
@@ -75,6 +77,8 @@ METHODS: Mapping[str, Method] = {
     "lora": Method(adapters.LowRank(RANK), adapters.Single()),
     "flix_26": Method(_HALF, adapters.Features()),
     "flix_500": Method(_HALF, adapters.Features(), languages=496),
+    "flix_26_lazy": Method(_HALF, adapters.Features(), lazy=True),
+    "flix_500_lazy": Method(_HALF, adapters.Features(), languages=496, lazy=True),
     "polytropon": Method(_SKILL, adapters.Skills(SKILLS)),
     "poly_s": Method(_SKILL, adapters.Skills(SKILLS, heads=8)),
     "adamix": Method(adapters.LowRank(RANK, share_up=True), adapters.Stochastic(SKILLS)),
@@ -154,7 +158,7 @@ class Step:
         ).with_space(method.space)
         self.model = model
         self._batch = batch(method) if rows is None else dict(rows)
-        optimizer = optimizers.Optimizer(learning_rate=1e-4)
+        optimizer = optimizers.Optimizer(learning_rate=1e-4, lazy=method.lazy)
         layout = initialize.layout(model, self._batch, optimizer.groups)
         mesh = partitioning.make_mesh(1, jax.devices()[:1])
         self._trainer = trainer.Trainer(
@@ -223,6 +227,10 @@ def flops_on_paper(name: str) -> float:
     base = 2 * kernels - 2 * 3 * projection + 3 * scores - 2 * product
     method = METHODS[name]
     modules = method.router.modules(method.space)
+    if method.lazy:  # the values that the batch can have
+        space = method.space
+        few = tuple((name, values[:BATCH]) for name, values in space.features)
+        modules = method.router.modules(dataclasses.replace(space, features=few))
     ranks = method.bank.ranks(modules)
     down, up = sum(ranks), sum(ranks)
     if choose_form(sum(ranks), RANK, BATCH, LENGTH) == "gathered":

@@ -232,6 +232,10 @@ class Optimizer:
         biases by default.
       clip_norm: gradients of larger global norm over all trained parameters are scaled down to it.
       groups: see `Group`; empty means that the adapters train.
+      lazy: modules (and routers' rows) of values that no example of a batch has are left as they are by its step, with
+        their moments: no momentum, no decay, and their memory is not touched. Bias corrections count all steps. So do
+        torch.optim.SparseAdam and TensorFlow Addons' LazyAdam; it is not Adam, whose momentum moves a module on when
+        its value has not come up. For algorithms that work element by element, as `adamw`.
     """
 
     algorithm: optax.GradientTransformation = dataclasses.field(default_factory=adamw)
@@ -240,6 +244,7 @@ class Optimizer:
     no_decay: str = r"(scale|bias|rel_embedding)$"
     clip_norm: float | None = None
     groups: Sequence[Group] = ()
+    lazy: bool = False
 
     def build(
         self, trained: Params, lazy: Mapping[str, Any] | None = None

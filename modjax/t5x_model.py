@@ -247,7 +247,12 @@ def transformation(
     Args:
       optimizer: the description.
       layout: of the model's parameters; its rates multiply the updates.
+
+    Raises:
+      ValueError: it is lazy, which takes a step that knows its batch.
     """
+    if optimizer.lazy:
+        raise ValueError("Optimizer.lazy works in train.py; T5X's optimizers do not see the batch.")
     inner = optimizer.build(layout.trained, layout.lazy)
     trained = set(traverse_util.flatten_dict(layout.trained, sep="/"))
 

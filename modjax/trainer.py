@@ -17,7 +17,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from modjax import optimizers, partitioning, profiling
+from modjax import adapters, optimizers, partitioning, profiling
 
 Batch = Mapping[str, Any]
 Sums = dict[str, Any]
@@ -102,6 +102,7 @@ def train_step(
     frozen: Any,
     batch: Batch,
     stop: jax.Array,
+    active: adapters.ActiveModules | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -109,25 +110,34 @@ def train_step(
       factors: {path: what the update of that parameter is multiplied by}.
       stop: int32 [devices], 1 where a process was asked to stop; its maximum comes back, so
         that all agree.
+      active: if given, the step reads and writes the modules alone that the batch uses.
 
     Returns:
       The next state, and scalars: the model's sums, `grad_norm`, `stop`, and the learning rates of
         the step.
     """
     rng = jax.random.fold_in(state.rng, state.step)
-    grads, sums = _gradients(model, state.trained, frozen, batch, rng, microbatches)
-    if frozen_parts := {
+    frozen_parts: Mapping[str, Any] = {
         path: factor != 0 for path, factor in factors.items() if (factor == 0).any()
-    }:
-        # Not only their updates: clipping goes by the norm of what trains.
-        grads = _times(grads, frozen_parts)
-    updates, opt_state = transform.update(grads, state.opt_state, state.trained)
+    }
+    trained, opt_state = state.trained, state.opt_state
+    if active is not None:
+        model, batch, index = active.narrow(batch)
+        trained, opt_state = active.take((trained, opt_state), index)
+        frozen_parts, factors = active.factors(frozen_parts, index), active.factors(factors, index)
+    grads, sums = _gradients(model, trained, frozen, batch, rng, microbatches)
+    # Not only their updates: clipping goes by the norm of what trains.
+    grads = _times(grads, frozen_parts)
+    updates, opt_state = transform.update(grads, opt_state, trained)
     updates = _times(updates, factors)
     scalars = dict(sums)
     scalars.update(optimizer.rates(state.step, traverse_util.flatten_dict(state.trained, sep="/")))
     scalars["grad_norm"] = optax.global_norm(grads)
     scalars["stop"] = jnp.max(stop)
-    trained = optax.apply_updates(state.trained, updates)
+    trained = optax.apply_updates(trained, updates)
+    if active is not None:
+        before = (state.trained, state.opt_state)
+        trained, opt_state = active.put(before, (trained, opt_state), index)
     step = state.step + 1
     return dataclasses.replace(state, step=step, trained=trained, opt_state=opt_state), scalars
 
@@ -179,12 +189,16 @@ class Trainer:
             opt_state=partitioning.like_params(opt_shapes, trained, homes, mesh),
             rng=whole,  # type: ignore[arg-type]
         )
+        active = None
+        if optimizer.lazy:
+            active = adapters.ActiveModules(model, trained)
+            active.check_state(opt_shapes)
         self.frozen_sharding = partitioning.shardings(frozen, axes or {}, mesh, rules)
 
         def step(state: TrainState, frozen: Any, batch: Batch, stop: jax.Array) -> Any:
             fixed = (model, optimizer, self.transform, microbatches, factors)
             with partitioning.in_force(mesh, rules):
-                return train_step(*fixed, state, frozen, batch, stop)
+                return train_step(*fixed, state, frozen, batch, stop, active)
 
         def evaluate(trained: Any, frozen: Any, batch: Batch) -> Sums:
             with partitioning.in_force(mesh, rules):

@@ -11,8 +11,8 @@ import pytest
 
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
 LAYOUTS = (
-    "t5:1x1x1",
-    "t5:1x4x2",
+    "t5:1x1x1:lazy",
+    "t5:1x4x2:lazy",
     "decoder:1x1x1:save:decode",
     "decoder:2x2x2:resume:decode",
     "encoder:1x1x1",

@@ -295,6 +295,11 @@ def test_the_optimizer_moves_what_trains_as_our_trainer_does(flix):
             )
 
 
+def test_a_lazy_optimizer_is_refused(flix):
+    with pytest.raises(ValueError, match="lazy works in train.py"):
+        t5x_model.transformation(optimizers.Optimizer(lazy=True), flix.layout)
+
+
 def test_rates_of_modules_multiply_their_updates(flix):
     layout = flix.layout
     path = next(name for name in flat(layout.trained) if name.endswith("/flix/b"))

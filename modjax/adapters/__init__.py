@@ -1,5 +1,6 @@
 """Adapters: routers x modules, attached from outside. Start reading at `adapted.py`."""
 
+from modjax.adapters.active import ActiveModules as ActiveModules
 from modjax.adapters.adapted import Adapted as Adapted
 from modjax.adapters.bottleneck import Bottleneck as Bottleneck
 from modjax.adapters.compose import compose as compose

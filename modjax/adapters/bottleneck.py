@@ -113,8 +113,11 @@ class Bottleneck:
         ones = np.ones(len(modules), np.float32)
         return column_gates(banks.summable(routing), self.sizes(modules), ones, segments)
 
-    def bank(self, modules: Sequence[ModuleName], parent: Any) -> "BottleneckBank":
+    def bank(
+        self, modules: Sequence[ModuleName], parent: Any, axes: tuple[str, str] | None = None
+    ) -> "BottleneckBank":
         """The Flax module that holds the parameters, in the scope `parent`."""
+        del axes
         sizes = self.sizes(modules)
         return BottleneckBank(
             len(modules), sum(sizes), self.activation, self.share_up, parent=parent

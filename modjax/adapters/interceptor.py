@@ -175,7 +175,7 @@ class Interceptor:
         mixture.module.check_site(path, heads, width, features)
         # The scope, not the module, is the bank's parent: it serves layers without a compact method as well.
         scope = layer.scope.push(mixture.name, reuse=True)  # type: ignore[union-attr]
-        bank = mixture.module.bank(self.modules[mixture], scope)
+        bank = mixture.module.bank(self.modules[mixture], scope, _kernel_axes(layer))
         result, dtype = (x, x.dtype) if y is None else (y, y.dtype)
         x = x.astype(dtype).reshape(batch, length, width)
         if y is not None:
@@ -253,6 +253,12 @@ def _rows_and_heads(gates: Any) -> tuple[int, int]:
     if isinstance(gates, Shares):
         return gates.down.shape[0], gates.down.shape[2]
     return gates.rows, 1
+
+
+def _kernel_axes(layer: nn.Module) -> tuple[str, str] | None:
+    """The logical names of a 2-D kernel's axes, where a layer says them as T5X's do."""
+    axes = tuple(getattr(layer, "kernel_axes", None) or ())
+    return (axes[0], axes[1]) if len(axes) == 2 and all(axes) else None
 
 
 def _linear_shape(layer: nn.Module, x: Any, output: Any = None) -> _Linear | None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.adapters import banks
+from modjax.adapters import banks, lookup
 from modjax.adapters.banks import Leaf, belongs
 from modjax.adapters.routing import ModuleName, Routing, Shares, as_shares
 from modjax.errors import nearest
@@ -224,8 +224,10 @@ class LowRank:
             banks.summable(routing), self.ranks(modules), self.scales(modules), segments
         )
 
-    def bank(self, modules: Sequence[ModuleName], parent: Any) -> "LowRankBank":
-        """The Flax module that holds the parameters, in the scope `parent`."""
+    def bank(
+        self, modules: Sequence[ModuleName], parent: Any, axes: tuple[str, str] | None = None
+    ) -> "LowRankBank":
+        """The Flax module that holds the parameters, in the scope `parent`; `axes` as in `LowRankBank`."""
         ranks = self.ranks(modules)
         rows = ranks[0] if self.share_up else sum(ranks)
         return LowRankBank(
@@ -235,6 +237,7 @@ class LowRank:
             self.dropout,
             self.form,
             self.init_scale,
+            axes,
             parent=parent,
         )
 
@@ -284,6 +287,7 @@ class LowRankBank(nn.Module):
       num_rows: of `b`; R, or the rank of all modules if they share it.
       scale: of an average.
       dropout, form, init_scale: see `LowRank`.
+      axes: logical names of the layer's input and output, which say how columns that are looked up lie on a mesh.
     """
 
     num_columns: int
@@ -292,6 +296,7 @@ class LowRankBank(nn.Module):
     dropout: float = 0.0
     form: str = "auto"
     init_scale: float = 1.0
+    axes: tuple[str, str] | None = None
 
     @nn.compact
     def __call__(self, x: Array, y: Array, gates: Gates | Shares, train: bool) -> Array:
@@ -323,5 +328,8 @@ class LowRankBank(nn.Module):
             hidden = banks.product(x, a[:, rows]) * gates.gathered.astype(x.dtype)
             return banks.product(hidden, b[rows])
         # Not of the transposed `a`, or the gradient would be one, and the optimizer would read it across.
-        hidden = jnp.einsum("bld,dbn->bln", x, a[:, gates.columns])
-        return jnp.einsum("bln,bnk->blk", hidden * gates.gathered.astype(x.dtype), b[gates.columns])
+        width, features = self.axes or (None, None)
+        down = lookup.columns(a, gates.columns, width)
+        up = lookup.rows(b, gates.columns, features)
+        hidden = jnp.einsum("bld,dbn->bln", x, down)
+        return jnp.einsum("bln,bnk->blk", hidden * gates.gathered.astype(x.dtype), up)

@@ -52,8 +52,13 @@ class Module(Protocol):
         """A routing as weights per token, for one stream."""
         ...
 
-    def bank(self, modules: Sequence[ModuleName], parent: Any) -> Any:
-        """The Flax module with the parameters: called with (x, y, gates, train) it gives the new y, or the new x."""
+    def bank(
+        self, modules: Sequence[ModuleName], parent: Any, axes: tuple[str, str] | None = None
+    ) -> Any:
+        """The Flax module with the parameters: called with (x, y, gates, train) it gives the new y, or the new x.
+
+        `axes` are the logical names of the adapted kernel's input and output, where they are known.
+        """
         ...
 
     def compose(

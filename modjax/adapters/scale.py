@@ -73,8 +73,11 @@ class Scale:
         del composition
         return banks.per_token(as_shares(routing, len(modules)), segments)
 
-    def bank(self, modules: Sequence[ModuleName], parent: Any) -> "ScaleBank":
+    def bank(
+        self, modules: Sequence[ModuleName], parent: Any, axes: tuple[str, str] | None = None
+    ) -> "ScaleBank":
         """The Flax module that holds the parameters, in the scope `parent`."""
+        del axes
         return ScaleBank(len(modules), self.acts_on, parent=parent)
 
     def compose(

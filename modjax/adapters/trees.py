@@ -116,7 +116,7 @@ def logical_axes(adapters: Tree, adapted: Adapted, base: Tree, base_axes: Tree) 
         outer = tuple(SCANNED[-lead:]) if 0 < lead <= len(SCANNED) else (None,) * lead
         axes[place] = {ROUTER_LEAF: (*outer, None, None, None)}
     for (path, name), bank in banks(adapters, adapted).items():
-        leaves = _leaves(adapted, path, name)
+        leaves = leaves_at(adapted, path, name)
         lead = _lead(bank, leaves)
         metadata = named.get(within(path, "kernel_axes"))
         names: tuple[Any, ...] = tuple(getattr(metadata, "names", metadata) or ())
@@ -131,7 +131,7 @@ def logical_axes(adapters: Tree, adapted: Adapted, base: Tree, base_axes: Tree) 
     return from_places(axes)
 
 
-def _leaves(adapted: Adapted, path: str, name: str) -> dict[str, Leaf]:
+def leaves_at(adapted: Adapted, path: str, name: str) -> dict[str, Leaf]:
     """How the bank at a layer is divided among its modules."""
     mixture = adapted.rule_for(path, name).mixture
     return mixture.module.leaves(mixture.modules(adapted.space))
@@ -167,7 +167,7 @@ def update_rates(adapters: Tree, adapted: Adapted) -> dict[str, Any] | None:
         each = mixture.module.rates(mixture.modules(adapted.space))
         if (each == 1.0).all():
             continue
-        for leaf, spec in _leaves(adapted, path, name).items():
+        for leaf, spec in leaves_at(adapted, path, name).items():
             if spec.axis is not None:
                 rates.setdefault((path, name), {})[leaf] = spec.spread(each)
             elif len(set(each.tolist())) == 1:  # what all own together goes at the rate of all
@@ -180,7 +180,7 @@ def lazy_parts(adapters: Tree, adapted: Adapted) -> dict[str, Leaf]:
     parts = {}
     for path, name in banks(adapters, adapted):
         if adapted.rule_for(path, name).mixture.router.lazy:
-            for leaf, spec in _leaves(adapted, path, name).items():
+            for leaf, spec in leaves_at(adapted, path, name).items():
                 if spec.axis is not None:
                     parts[within(path, f"{name}/{leaf}")] = spec
     return parts
@@ -214,7 +214,7 @@ def table(
         return " x ".join(str(n) for n in shape)
 
     for (path, name), bank in banks(adapters, adapted).items():
-        lead = _lead(bank, _leaves(adapted, path, name))
+        lead = _lead(bank, leaves_at(adapted, path, name))
         shapes = {leaf: array.shape[lead:] for leaf, array in bank.items()}
         text = ", ".join(f"{leaf} {numbers(shape)}" for leaf, shape in shapes.items())
         lead_shape = next(iter(bank.values())).shape[:lead]

@@ -104,7 +104,12 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens: Array) -> Array:
-        return quantization.rows(self.embedding, tokens, self.dtype)
+        # Each device looks up its slice of the width for all rows that share the table, and then hands rows out: left
+        # to itself, XLA makes the rows of all devices whole on each of them.
+        x = quantization.rows(self.embedding, tokens, self.dtype)
+        for rows in ("lookup", "batch"):
+            x = partitioning.constrain_forward(x, (rows, "length", "embed"))
+        return x
 
     def attend(self, x: Array, scaled: bool = True) -> Array:
         """`[..., D] -> [..., V]` in float32, scaled by 1/sqrt(D) unless told otherwise."""

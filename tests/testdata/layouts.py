@@ -4,7 +4,8 @@ All methods at once, several to a layer. Prints a line of JSON for each layout. 
 layout of up to 8 devices, which takes some minutes.
 
 Options: "decode" predicts, too; "save" leaves a checkpoint after the steps and "resume" does their last step from it
-alone; "replicated" adapters; "sequence" divides the length of activations over "model"; "full" trains the base, too.
+alone; "lazy" optimizer; "replicated" adapters; "sequence" divides the length of activations over "model"; "full" trains
+the base, too.
 """
 
 import itertools
@@ -141,7 +142,7 @@ class Job:
         mesh = partitioner.mesh(jax.devices()[: data * fsdp * shared])
         groups = (optimizers.Group(".*"),) if "full" in options else ()
         layout = initialize.layout(self.model, self.batch, groups, partitioner)
-        optimizer = optimizers.Optimizer(learning_rate=0.01, groups=groups)
+        optimizer = optimizers.Optimizer(learning_rate=0.01, groups=groups, lazy="lazy" in options)
         rules = partitioner.all_rules
         trained, frozen = self.trained, self.frozen
         if groups:
