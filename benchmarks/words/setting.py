@@ -1,7 +1,7 @@
 """The generated benchmark in words: the bases, trainings and scores that studies are made of.
 
 A base is a T5 of 0.87 million parameters that learnt to translate between invented languages, and to copy; how much of
-translation is a dial. One training of an adapter takes half a minute of a core. See `tasks.babel_words` for the texts.
+translation is a dial. One training of an adapter takes a minute of a core. See `tasks.babel_words` for the texts.
 """
 
 import dataclasses
