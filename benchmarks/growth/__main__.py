@@ -56,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
         print("\n" + "\n".join(stored.table(results, axis)))
         measured = stored.crossing(stored.of_axis(results, axis))
         shown = None if measured is None else round(measured)
-        print(f"\nfrom dense to gathered: {shown}; by choose_form: {points.chosen_from(axis)}")
+        print(
+            f"\ngathered is faster from {shown} on; choose_form takes it from {points.chosen_from(axis)}"
+        )
     if results:
         PLOT.write_text(plot.draw(results))
     print(f"\n{len(results)} of {len(names)} points are there")

@@ -191,9 +191,7 @@ def measure_point(
 
 
 def chosen_from(axis: str) -> int | None:
-    """The smallest size of an axis from which `choose_form` gathers; None if it takes one form all along."""
+    """The smallest size of an axis at which `choose_form` gathers; None if there is none."""
     sizes = SIZES[axis]
-    if point(axis, sizes[0]).chosen == "gathered":
-        return None
     between = range(sizes[0], sizes[-1] + 1)
     return next((size for size in between if point(axis, size).chosen == "gathered"), None)

@@ -34,21 +34,19 @@ def over_better(cell: Cell) -> float:
 
 def crossing(cells: Mapping[int, Cell]) -> float | None:
     """Where gathered begins to be faster for good, between the sizes that were measured, as of straight lines on
-    logarithmic axes; None if it does not, or is from the first size on.
+    logarithmic axes: the first size if it is faster all along, None if dense is at the last one.
 
     Args:
       cells: those of an axis, ascending.
     """
     over = {n: math.log(median(c, "dense") / median(c, "gathered")) for n, c in cells.items()}
-    found, before = None, None
-    for size, ahead in over.items():
-        if before is not None and over[before] < 0 <= ahead:
-            share = -over[before] / (ahead - over[before])
-            found = before * (size / before) ** share
-        elif ahead < 0:
-            found = None
-        before = size
-    return found
+    sizes = list(over)
+    last = max((i for i, size in enumerate(sizes) if over[size] < 0), default=-1)
+    if last < 0 or last == len(sizes) - 1:
+        return float(sizes[0]) if sizes and last < 0 else None
+    before, size = sizes[last : last + 2]
+    share = -over[before] / (over[size] - over[before])
+    return float(before * (size / before) ** share)
 
 
 def table(results: Results, axis: str) -> list[str]:

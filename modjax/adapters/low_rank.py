@@ -59,7 +59,8 @@ def choose_form(num_columns: int, active_columns: int, batch: int, length: int) 
     The dense form multiplies every token with all `num_columns`; the gathered form multiplies with the row's
     `active_columns` only, but first copies those columns for each row of the batch, and adds their gradients back.
     Per unit of width: dense costs `batch * length * num_columns` multiply-adds, gathered
-    `batch * active_columns * (length + w)` with w the measured price of moving a column, in tokens.
+    `batch * active_columns * (length + w)` with w the measured price of moving a column, in tokens. It is set for TPUs;
+    on a CPU the gathered form was the faster one with any number of columns (benchmarks/README.md).
 
     Args:
       num_columns: R, of the bank.
