@@ -6,6 +6,8 @@ gives each feature value a rank of 4, two of which are active.
 """
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax import adapters, initialize, optimizers, partitioning, trainer
+from modjax import adapters, initialize, optimizers, partitioning, profiling, trainer
 from modjax.adapters.low_rank import choose_form
 from modjax.features import FeatureSpace
 from modjax.models import EncoderDecoderModel
@@ -44,6 +46,7 @@ class Method:
       languages: values of the second feature; the first one has four.
       consistency: see `models.Model`.
       lazy: see `optimizers.Optimizer`.
+      config: of the network.
     """
 
     bank: Any = None
@@ -51,11 +54,12 @@ class Method:
     languages: int = 22
     consistency: float = 0.0
     lazy: bool = False
+    config: t5.T5Config = CONFIG
 
     @property
     def module(self) -> Any:
         """The network with the adapters."""
-        network = t5.Transformer(CONFIG)
+        network = t5.Transformer(self.config)
         if self.bank is None:
             return network
         rule = adapters.Rule(SITES, adapters.Mixture("adapter", self.bank, self.router))
@@ -138,10 +142,17 @@ def in_transformers() -> Any:
 
 
 class Step:
-    """A method's training step, compiled; calling it does one and waits for it.
+    """A method's training step; calling it does one and waits for it.
+
+    Args:
+      method: what trains.
+      base: the frozen network's weights; random if None.
+      rows: the batch; that of the setting if None.
+      like: a step with the same parameters, held once for both: either moves them on.
 
     Attributes:
-      flops: floating point operations of the compiled program, by XLA's count.
+      lowered: the program before it is compiled.
+      tracing: seconds of the processor that it took to trace and lower it.
     """
 
     def __init__(
@@ -149,8 +160,9 @@ class Step:
         method: Method,
         base: Mapping[str, Any] | None = None,
         rows: Mapping[str, jax.Array] | None = None,
-        segments: int | None = None,
+        like: "Step | None" = None,
     ):
+        began = time.process_time()
         model = EncoderDecoderModel(
             method.module,
             consistency=method.consistency,
@@ -171,17 +183,39 @@ class Step:
             rates=layout.rates,
             lazy=layout.lazy,
         )
-        if base is None:
-            base = initialize.host_init(model, self._batch, layout.frozen, 0)
-        own = initialize.host_init(model, self._batch, layout.trained, 0)
-        self.frozen = partitioning.place(
-            base if layout.frozen else {}, self._trainer.frozen_sharding
-        )
-        self._state = self._trainer.init_state(own, 0)
+        self.tracing = time.process_time() - began
+        if like is not None:
+            self.frozen, self._held = like.frozen, like._held
+        else:
+            if base is None:
+                base = initialize.host_init(model, self._batch, layout.frozen, 0)
+            own = initialize.host_init(model, self._batch, layout.trained, 0)
+            self.frozen = partitioning.place(
+                base if layout.frozen else {}, self._trainer.frozen_sharding
+            )
+            self._held = [self._trainer.init_state(own, 0)]
         self._flag = jnp.zeros((1,), jnp.int32)
-        arguments = (self._state, self.frozen, self._batch, self._flag)
-        self._compiled = self._trainer.program(*arguments).call
-        self.flops = float(self._compiled.cost_analysis()["flops"])
+        began = time.process_time()
+        arguments = (self.state, self.frozen, self._batch, self._flag)
+        self.lowered = self._trainer.train_step.lower(*arguments)
+        self.tracing += time.process_time() - began
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The program, compiled when it is first asked for."""
+        program = self.lowered.compile()
+        profiling.release_freed_memory()  # as a training does
+        return program
+
+    @property
+    def flops(self) -> float:
+        """Floating point operations of the compiled program, by XLA's count."""
+        return float(self.compiled.cost_analysis()["flops"])
+
+    @property
+    def state(self) -> trainer.TrainState:
+        """As the last step left it."""
+        return self._held[0]
 
     def feed(self, rows: Mapping[str, Any]) -> None:
         """Takes another batch of the same shapes."""
@@ -189,7 +223,7 @@ class Step:
 
     def __call__(self) -> float:
         """The step's loss, per target."""
-        self._state, sums = self._compiled(self._state, self.frozen, self._batch, self._flag)
+        self._held[0], sums = self.compiled(self.state, self.frozen, self._batch, self._flag)
         return float(sums["loss"] / sums["weight"])
 
 

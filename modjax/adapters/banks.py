@@ -52,12 +52,12 @@ def items(value: Any) -> tuple[tuple[str, Any], ...]:
     return value if isinstance(value, tuple) else (("", value),)
 
 
-def lookup(value: Any, module: ModuleName, default: Any) -> Any:
-    """A setting's value for a module: by its name, else by its group, else `default`."""
+def each(value: Any, modules: Sequence[ModuleName], default: Any) -> tuple[Any, ...]:
+    """A setting's value for every module: by its name, else by its group, else `default`."""
     if not isinstance(value, tuple):
-        return value
+        return (value,) * len(modules)
     table = dict(value)
-    return table.get(str(module), table.get(module.group, default))
+    return tuple(table.get(str(m), table.get(m.group, default)) for m in modules)
 
 
 def check_positive(where: str, value: Any, integer: bool = False, zero: bool = False) -> None:
@@ -73,8 +73,10 @@ def check_positive(where: str, value: Any, integer: bool = False, zero: bool = F
 
 def check_groups(where: str, value: Any, modules: Sequence[ModuleName]) -> None:
     """Raises ValueError where a setting names a group that the bank does not have."""
+    if not isinstance(value, tuple):
+        return
     known = {str(m) for m in modules} | {m.group for m in modules}
-    for key, _ in value if isinstance(value, tuple) else ():
+    for key, _ in value:
         if key not in known:
             raise ValueError(
                 f"{where}: the router has no module {key!r}." + nearest(key, sorted(known))
@@ -83,17 +85,14 @@ def check_groups(where: str, value: Any, modules: Sequence[ModuleName]) -> None:
 
 def sizes(where: str, value: Any, modules: Sequence[ModuleName]) -> tuple[int, ...]:
     """Each module's size (rank, bottleneck)."""
-    found = []
-    setting = where.rpartition(".")[2]
-    for module in modules:
-        size = lookup(value, module, None)
-        if size is None:
-            raise ValueError(
-                f"{where} gives no {setting} for {str(module)!r}."
-                + nearest(module.group, [key for key, _ in items(value)])
-            )
-        found.append(size)
-    return tuple(found)
+    found = each(value, modules, None)
+    if None in found:
+        module, setting = modules[found.index(None)], where.rpartition(".")[2]
+        raise ValueError(
+            f"{where} gives no {setting} for {str(module)!r}."
+            + nearest(module.group, [key for key, _ in items(value)])
+        )
+    return found
 
 
 def equal_size(where: str, found: Sequence[int]) -> int:

@@ -81,7 +81,7 @@ def _per_layer(
     weights: np.ndarray, bank: dict[str, Any], mixture: Mixture, adapted: Adapted
 ) -> np.ndarray:
     """Weights `[..., H, M]` with leading axes that broadcast against those of a scanned bank."""
-    leaf, spec = next(iter(mixture.module.leaves(mixture.modules(adapted.space)).items()))
+    leaf, spec = next(iter(mixture.leaves(adapted.space).items()))
     lead = bank[leaf].shape[: bank[leaf].ndim - len(spec.axes)]
     return np.broadcast_to(weights, (*lead, *weights.shape[-2:])) if lead else weights
 

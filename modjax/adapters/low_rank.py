@@ -59,7 +59,8 @@ def choose_form(num_columns: int, active_columns: int, batch: int, length: int) 
     The dense form multiplies every token with all `num_columns`; the gathered form multiplies with the row's
     `active_columns` only, but first copies those columns for each row of the batch, and adds their gradients back.
     Per unit of width: dense costs `batch * length * num_columns` multiply-adds, gathered
-    `batch * active_columns * (length + w)` with w the measured price of moving a column, in tokens.
+    `batch * active_columns * (length + w)` with w the measured price of moving a column, in tokens. It is set for TPUs;
+    on a CPU the gathered form was the faster one with any number of columns (benchmarks/README.md).
 
     Args:
       num_columns: R, of the bank.
@@ -182,13 +183,12 @@ class LowRank:
     def scales(self, modules: Sequence[ModuleName]) -> np.ndarray:
         """float32 `[M]`: alpha / rank of each module."""
         ranks = self.ranks(modules)
-        alphas = [banks.lookup(self.alpha, m, None) for m in modules]
-        pairs = zip(alphas, ranks, strict=True)
+        pairs = zip(banks.each(self.alpha, modules, None), ranks, strict=True)
         return np.array([1.0 if a is None else a / r for a, r in pairs], np.float32)
 
     def rates(self, modules: Sequence[ModuleName]) -> np.ndarray:
         """float32 `[M]`: the learning rate factor of each module."""
-        return np.array([banks.lookup(self.learning_rate, m, 1.0) for m in modules], np.float32)
+        return np.array(banks.each(self.learning_rate, modules, 1.0), np.float32)
 
     def leaves(self, modules: Sequence[ModuleName]) -> dict[str, Leaf]:
         """The parameters, and which module owns what of them."""

@@ -18,10 +18,9 @@ def describe_method(adapted: Adapted) -> dict[str, Any]:
     rules = []
     for rule in adapted.rules:
         mixture = rule.mixture
-        modules = mixture.modules(adapted.space)
         bank = {
             leaf: [spec.axis, [list(part) for part in spec.parts]]
-            for leaf, spec in mixture.module.leaves(modules).items()
+            for leaf, spec in mixture.leaves(adapted.space).items()
         }
         if rows := mixture.router.rows(adapted.space):
             bank[ROUTER_LEAF] = [-3, [[row, 1] for row in rows]]

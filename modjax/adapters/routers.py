@@ -209,18 +209,17 @@ class Features(WithoutLogits):
                 raise ValueError(
                     f"Unknown feature {name!r}." + nearest(name, (*space.names, DATASET))
                 )
-        modules = self.modules(space)
-        weights = np.zeros(len(modules), np.float32)
+        parts = []
         for name in names:
+            known = self._values(space, name)
+            weights = np.zeros(len(known), np.float32)
             values = features.get(name)
             values = (values,) if isinstance(values, str) else tuple(values or ())
             for value in values:
-                known = self._values(space, name)
                 if value not in known:
                     raise ValueError(
                         f"Unknown value {value!r} of feature {name!r}." + nearest(value, known)
                     )
-                weights[modules.index(ModuleName(name, value))] = 1.0
-        if self.shared:
-            weights[-1] = 1.0
-        return weights
+                weights[known.index(value)] = 1.0
+            parts.append(weights)
+        return np.concatenate([*parts, np.ones(int(self.shared), np.float32)])

@@ -1,6 +1,7 @@
 """Rules: what is attached where. A mixture is a module and a router; a rule puts it at some layers."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -112,9 +113,21 @@ class Mixture:
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
         """The names of the bank's modules."""
-        modules = self.router.modules(space)
-        self.module.check(modules, self.composes)
-        return modules
+        return _divided(self, space)[0]
+
+    def leaves(self, space: FeatureSpace | None) -> Mapping[str, banks.Leaf]:
+        """The parameters of the bank, and which module owns what of them."""
+        return _divided(self, space)[1]
+
+
+# Every layer asks, and a feature may have thousands of values.
+@functools.lru_cache(maxsize=32)
+def _divided(
+    mixture: Mixture, space: FeatureSpace | None
+) -> tuple[tuple[ModuleName, ...], Mapping[str, banks.Leaf]]:
+    modules = mixture.router.modules(space)
+    mixture.module.check(modules, mixture.composes)
+    return modules, mixture.module.leaves(modules)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Scale:
 
     def rates(self, modules: Sequence[ModuleName]) -> np.ndarray:
         """float32 `[M]`: the learning rate factor of each module."""
-        return np.array([banks.lookup(self.learning_rate, m, 1.0) for m in modules], np.float32)
+        return np.array(banks.each(self.learning_rate, modules, 1.0), np.float32)
 
     def leaves(self, modules: Sequence[ModuleName]) -> dict[str, Leaf]:
         """The parameters, and which module owns what of them."""

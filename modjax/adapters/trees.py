@@ -16,6 +16,7 @@ from modjax.errors import nearest
 
 Tree = Mapping[str, Any]
 ROUTER_LEAF = "logits"
+LISTED = 100  # modules of a bank that a table names
 SCANNED = ("layers",)  # the logical name of a scanned network's leading axis, as T5X has it
 
 
@@ -131,10 +132,9 @@ def logical_axes(adapters: Tree, adapted: Adapted, base: Tree, base_axes: Tree) 
     return from_places(axes)
 
 
-def leaves_at(adapted: Adapted, path: str, name: str) -> dict[str, Leaf]:
+def leaves_at(adapted: Adapted, path: str, name: str) -> Mapping[str, Leaf]:
     """How the bank at a layer is divided among its modules."""
-    mixture = adapted.rule_for(path, name).mixture
-    return mixture.module.leaves(mixture.modules(adapted.space))
+    return adapted.rule_for(path, name).mixture.leaves(adapted.space)
 
 
 def _lead(bank: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> int:
@@ -234,10 +234,10 @@ def table(
     ]
     for name in adapted.names:
         rule = next(r for r in adapted.rules if r.mixture.name == name)
-        modules = rule.mixture.modules(adapted.space)
-        parts = next(iter(rule.mixture.module.leaves(modules).values())).parts
-        listed = ", ".join(f"{module}:{size}" for module, size in parts)
-        text_lines.append(f"{name}: {len(modules)} modules (name:size) {listed}")
+        parts = next(iter(rule.mixture.leaves(adapted.space).values())).parts
+        listed = ", ".join(f"{module}:{size}" for module, size in parts[:LISTED])
+        more = f", and {len(parts) - LISTED:,} more" if len(parts) > LISTED else ""
+        text_lines.append(f"{name}: {len(parts)} modules (name:size) {listed}{more}")
     for path, leaf in flatten_dict(others or {}, sep="/").items():
         text_lines.append(f"also trained: {path} {numbers(leaf.shape)}")
     trained = count_moving(adapters, rates or {}) + count_moving(others or {}, rates or {})

@@ -77,35 +77,59 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]], label: str) -> str:
     return _svg(width, y, label, parts)
 
 
-def lines(series: Sequence[Series], label: str) -> str:
-    """Lines over steps; the vertical axis is logarithmic where values span a factor of 30."""
+def lines(
+    series: Sequence[Series],
+    label: str,
+    across: str = "step",
+    log_x: bool = False,
+    log_y: bool | None = None,
+    marks: Sequence[tuple[float, str]] = (),
+) -> str:
+    """Lines over steps, or over something else.
+
+    Args:
+      series: what is drawn.
+      label: for readers who do not see it.
+      across: what the horizontal axis is.
+      log_x: whether it is logarithmic; all its values are then positive.
+      log_y: whether the vertical axis is; None: where values are positive and span a factor of 30.
+      marks: (place on the horizontal axis, name) of vertical lines.
+    """
     width, height, left, right, top, bottom = 440, 250, 46, 14, 10, 34
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
-    logarithmic = min(ys) > 0 and max(ys) / min(ys) > 30
+    logarithmic = min(ys) > 0 and max(ys) / min(ys) > 30 if log_y is None else log_y
     warp = math.log10 if logarithmic else float
+    warp_x = math.log10 if log_x else float
     # A linear axis ends at its outermost ticks, a logarithmic one at the data.
     ticks = _log_ticks(min(ys), max(ys)) if logarithmic else _ticks(min(ys), max(ys))
     x0, x1 = min(xs), max(max(xs), min(xs) + 1)
+    x_ticks = _log_ticks(x0, x1) if log_x else _ticks(x0, x1)
     y0, y1 = (warp(v) for v in (min(*ticks, *ys), max(*ticks, *ys)))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x0) / (x1 - x0) * (width - left - right)
+        along = (warp_x(x) - warp_x(x0)) / (warp_x(x1) - warp_x(x0)) * (width - left - right)
         up = (warp(y) - y0) / ((y1 - y0) or 1) * (height - top - bottom)
-        return left + across, height - bottom - up
+        return left + along, height - bottom - up
 
     parts = []
     for tick in ticks:
         _, at = place(x0, tick)
         parts.append(f'<path class="rule" d="M{left} {at:.1f}H{width - right}"/>')
         parts.append(_text(left - 6, at + 4, _short(tick), "end"))
-    for tick in _ticks(x0, x1):
+    for tick in x_ticks:
         if x0 <= tick <= x1:
             at, _ = place(tick, ys[0])
             # The last label would stick out of the plot if it were centred.
             anchor = "end" if at > width - right - 14 else "middle"
             parts.append(_text(at, height - bottom + 16, _short(tick), anchor))
-    parts.append(_text((left + width - right) / 2, height - 3, "step", "middle"))
+    parts.append(_text((left + width - right) / 2, height - 3, across, "middle"))
+    for i, (x, name) in enumerate(marks):
+        at, _ = place(x, ys[0])
+        tip = f"<title>{html.escape(name)}</title>"
+        path = f"M{at:.1f} {top}V{height - bottom}"
+        parts.append(f'<path class="mark" stroke-dasharray="2 4" d="{path}">{tip}</path>')
+        parts.append(_text(at + 4, top + 10 + 14 * i, name, "mark"))
     for one in sorted(series, key=lambda s: not s.thin):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in one.points))
         kind = "seed" if one.thin else "mean"

@@ -1,6 +1,7 @@
 """A dataset's composition, merging, growing a bank, and what is told about adapters: all by names."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from modjax import adapters
+from modjax import adapters, initialize
 from modjax.adapters import Adapted, Features, LowRank, Mixture, Rule, Single, Skills
 from modjax.features import FeatureSpace
 from modjax.models import EncoderDecoderModel
@@ -180,6 +181,29 @@ def test_the_table_counts_what_trains_and_what_is_frozen(flix):
     frozen = sum(x.size for x in jax.tree.leaves(base))
     assert f"trained {trained:,}  frozen {frozen:,}" in text
     assert "language=yo:1" in text and "a 16 x 13, b 13 x 32" in text
+
+
+def test_the_table_names_no_more_than_100_modules(flix):
+    model, _ = flix
+    languages = tuple(f"l{i}" for i in range(200))
+    grown = model.with_space(model.module.space.extend({"language": languages}))
+    tokens = grown.example_batch({"inputs": 2, "targets": 2}, grown.module.space)
+    params = jax.eval_shape(grown.init, jax.random.key(0), tokens)["params"]
+    added, base = adapters.split(params, grown.module)
+    line = next(x for x in adapters.table(added, grown.module, base).splitlines() if "name:" in x)
+    assert line.count("=") == 100 and re.search(r": 20\d modules .*, and 10\d more$", line)
+
+
+def test_a_banks_names_are_made_once_however_many_layers_it_is_at(flix, monkeypatch, request):
+    model, _ = flix
+    made, modules = [], adapters.Features.modules
+    monkeypatch.setattr(
+        adapters.Features, "modules", lambda self, space: made.append(space) or modules(self, space)
+    )
+    grown = model.with_space(model.module.space.extend({"language": [request.node.name]}))
+    tokens = grown.example_batch({"inputs": 2, "targets": 2}, grown.module.space)
+    layout = initialize.layout(grown, tokens)
+    assert len(layout.trained) > 1 and made == [grown.module.space]
 
 
 def test_update_rates_follow_the_columns_owners(flix, space, batch):
