@@ -11,17 +11,17 @@ import flax.core
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Array = jax.Array
 
 # Leaves that T5X's layers keep once for the whole batch although they have a leading axis: never
 # expanded, never picked. And what our layers keep once for all beams of an example.
-_SHARED_LEAVES = (
-    ["cached_bias"],
-    ["position_embedder_index"],
-    ["shared_key"],
-    ["shared_value"],
-)
+_SHARED_LEAVES = ("cached_bias", "position_embedder_index", "shared_key", "shared_value")
+# What our layers keep for an example's beams side by side, in columns `t * E + e` of the last axis, and who sees which
+# column: picking beams picks rows of the mask, and leaves keys and values where they are.
+_JOINT_LEAVES = ("joint_key", "joint_value")
+_JOINT_MASK = "joint_mask"
 # T5X's name for the layer that attends to the encoder. What it caches is the same in all beams of
 # an example: it is expanded, but picking beams would copy it onto itself at every step.
 _BEAM_INVARIANT_LAYER = "encoder_decoder_attention"
@@ -103,15 +103,20 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 def _has_rows(names: list[str], leaf: Any, offset: int) -> bool:
     # A scalar position, or one per scanned layer, has no axis of examples: it serves all rows.
-    return jnp.ndim(leaf) > offset and names[-1:] not in _SHARED_LEAVES
+    return jnp.ndim(leaf) > offset and names[-1] not in _SHARED_LEAVES
 
 
-def expand_cache(cache: Any, batch_size: int, beam_size: int, offset: int = 0) -> Any:
+def expand_cache(
+    cache: Any, batch_size: int, beam_size: int, offset: int = 0, picked: bool = False
+) -> Any:
     """A cache of B examples as the flat cache of `B * beam_size` rows.
 
     Left as they are: leaves with at most `offset` axes (`cache_index` when it is one number),
     T5X's `cached_bias` and `position_embedder_index`, and `shared_key` and `shared_value`, which
-    all beams of an example read as they are.
+    all beams of an example read as they are. If beams will be picked, `joint_key` and
+    `joint_value` keep B rows and get columns for every beam instead: slot t of beam e is column
+    `t * E + e` of the last axis. What is there already is beam 0's, and the rows of `joint_mask`,
+    which get the same columns, see it there.
 
     Args:
       cache: nested dictionary of arrays `[B, ...]`, or `[layers, B, ...]` with `offset=1` (a
@@ -119,6 +124,8 @@ def expand_cache(cache: Any, batch_size: int, beam_size: int, offset: int = 0) -
       batch_size: B.
       beam_size: decodes per example.
       offset: which axis B is.
+      picked: whether `gather_cache` will be called, as in beam search. Else all rows are kept for themselves, which
+        takes less arithmetic.
 
     Raises:
       ValueError: a leaf whose axis `offset` is not B.
@@ -134,6 +141,12 @@ def expand_cache(cache: Any, batch_size: int, beam_size: int, offset: int = 0) -
                 f"{batch_size} examples of inputs on axis cache_offset={offset}. The cache must "
                 "be that of the unexpanded batch; cache_offset is 1 for a scanned network, else 0."
             )
+        if picked and names[-1] in (*_JOINT_LEAVES, _JOINT_MASK):
+            columns = (0, beam_size - 1, beam_size - 1)
+            nothing = jnp.zeros((), leaf.dtype)
+            leaf = lax.pad(leaf, nothing, [*((0, 0, 0),) * (leaf.ndim - 1), columns])
+            if names[-1] in _JOINT_LEAVES:
+                return leaf
         return flat_batch_beam_expand(leaf, beam_size, offset)
 
     return jax.tree_util.tree_map_with_path(expand, cache) if beam_size > 1 else cache
@@ -153,7 +166,8 @@ def gather_cache(cache: Any, beams: Array, beam_size: int, offset: int = 0) -> A
 
     def pick(path: tuple[Any, ...], leaf: Array) -> Array:
         names = _names(path)
-        if not _has_rows(names, leaf, offset) or _BEAM_INVARIANT_LAYER in "/".join(names):
+        stays = names[-1] in _JOINT_LEAVES or _BEAM_INVARIANT_LAYER in "/".join(names)
+        if stays or not _has_rows(names, leaf, offset):
             return leaf
         leaf = unflatten_beam_dim(leaf, beams.shape[0], beam_size, offset)
         return flatten_beam_dim(gather_beams(leaf, beams, offset), offset)

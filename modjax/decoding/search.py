@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from modjax.decoding import checks
+from modjax.decoding import checks, largest
 from modjax.decoding.beams import (
     DecodingState,
     as_before,
@@ -131,7 +131,7 @@ def beam_search(
         done_scores=jnp.full((batch_size, beams), NEG_INF_VALUE, jnp.float32),
         done_sequences=jnp.zeros((batch_size, beams, length + 1), jnp.int32),
         done_flags=jnp.zeros((batch_size, beams), bool),
-        cache=expand_cache(cache, batch_size, beams, cache_offset),
+        cache=expand_cache(cache, batch_size, beams, cache_offset, picked=True),
     )
     # Log probabilities only fall and (for alpha >= 0) no decode is divided by more, so a live beam
     # divided by this is the most it can still reach.
@@ -227,9 +227,14 @@ def _best_extensions(live_scores: Array, logits: Array, number: int) -> tuple[Ar
       `[B, number]`.
     """
     batch_size, _ = live_scores.shape
-    totals = jax.nn.log_softmax(logits.astype(jnp.float32)) + live_scores.reshape(-1, 1)
+    logits = logits.astype(jnp.float32)
+    live_scores = live_scores.reshape(-1, 1)
+    most = largest.row_max(logits)
+    normaliser = jnp.log(jnp.sum(jnp.exp(logits - most), axis=1, keepdims=True))
     of_each = min(number, logits.shape[-1])
-    scores, tokens = lax.top_k(totals, of_each)
+    scores, tokens = largest.top_k(
+        logits, of_each, lambda logits: logits - most - normaliser + live_scores
+    )
     scores, picked = lax.top_k(scores.reshape(batch_size, -1), number)
     tokens = jnp.take_along_axis(tokens.reshape(batch_size, -1), picked, axis=1)
     return scores, picked // of_each, tokens

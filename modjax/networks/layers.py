@@ -194,12 +194,22 @@ def split_heads(x: Array, num_heads: int) -> Array:
     return partitioning.constrain(heads, ("batch", None, "heads", "kv"))
 
 
+def side_by_side(heads: Array, beams: int) -> Array:
+    """Keys or values `[B * beams, Q, H, head_dim]` as columns of a cache, `[B, H, head_dim, Q * beams]`."""
+    rows, length, num_heads, head_dim = heads.shape
+    heads = heads.reshape(rows // beams, beams, length, num_heads, head_dim)
+    heads = jnp.transpose(heads, (0, 3, 4, 2, 1))
+    return heads.reshape(rows // beams, num_heads, head_dim, length * beams)
+
+
 class Attention(nn.Module):
     """Multi-head attention without logit scaling (T5 folds it into the query's initial kernel).
 
     In decoding, self-attention appends its keys and values to the cache, and cross-attention computes its own
-    from the encoder's output once. Cached arrays are `[B, H, head_dim, L]`, length last. Those of cross-attention may
-    have fewer rows than `x`: rows that lie next to each other (an example's beams) then share one.
+    from the encoder's output once. Cached arrays are `[B, H, head_dim, L]`, length last, and may have fewer rows than
+    `x`: rows that lie next to each other (an example's beams) then share one, and all their queries meet all its keys
+    in one product of matrices. What self-attention has cached for E beams is `[B, H, head_dim, L * E]`: slot t of beam
+    e is column `t * E + e`, and the mask says whose keys a beam sees.
     """
 
     num_heads: int
@@ -236,22 +246,25 @@ class Attention(nn.Module):
                 ).value
                 for name in ("key", "value")
             )
-            # The queries of rows that share keys are a matrix, and the keys are read once for all of them.
-            query = query.reshape(len(key), -1, self.num_heads, self.head_dim)
             mask = mask[:: batch // len(key)]
         else:
             shape = (batch, self.num_heads, self.head_dim, step.max_decode_length)
             caches = []
             for name in ("key", "value"):
-                cached = self.variable("cache", f"cached_{name}", jnp.zeros, shape, self.dtype)
-                new = to_cache(project(name, x))
+                cached = self.variable("cache", f"joint_{name}", jnp.zeros, shape, self.dtype)
+                beams = batch // len(cached.value)
                 if length:
                     cached.value = jax.lax.dynamic_update_slice_in_dim(
-                        cached.value, new.astype(cached.value.dtype), index, axis=3
+                        cached.value,
+                        side_by_side(project(name, x), beams).astype(cached.value.dtype),
+                        index * beams,
+                        axis=3,
                     )
                 cached.value = partitioning.constrain(cached.value, CACHE_AXES)
                 caches.append(cached.value)
             key, value = caches
+        # The queries of rows that share keys are a matrix, and the keys are read once for all of them.
+        query = query.reshape(len(key), -1, self.num_heads, self.head_dim)
 
         logits = jnp.einsum("bqhd,bhdk->bhqk", query, key, preferred_element_type=jnp.float32)
         if bias is not None:
@@ -294,16 +307,41 @@ class MLP(nn.Module):
 
 
 class CachePosition(nn.Module):
-    """Counts the tokens in the cache; all rows are decoded in step, so one number serves the batch."""
+    """Counts the tokens in the cache, and knows whose keys a row sees; all rows are decoded in step.
+
+    The mask is part of the cache: where beams are picked, a row takes over what another one sees, and the keys stay
+    where they are.
+
+    Attributes:
+      stacked: the layers' caches have a leading layer axis, and so the mask gets one, of length 1: whoever repeats or
+        picks rows finds them on the same axis everywhere.
+    """
+
+    stacked: bool
 
     @nn.compact
-    def __call__(self, length: int, slots: int) -> Array:
-        """The number of tokens so far, int32 `[]`; advances it by `length`, within a cache of so many slots."""
+    def __call__(self, rows: int, length: int, slots: int) -> tuple[Array, Array]:
+        """Takes the next slots for tokens `[rows, length]`, of a cache of so many slots.
+
+        Returns:
+          The first slot int32 `[]`, and which columns the tokens see, bool `[rows, length, slots * E]` for E beams of
+          an example: column `t * E + e` is slot t of beam e.
+        """
+        lead = (1,) if self.stacked else ()
         index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+        seen = self.variable("cache", "joint_mask", jnp.zeros, (*lead, rows, slots), bool)
         now = index.value
         check_room(now, length, slots)
         index.value = now + length
-        return now
+        before = seen.value.reshape(rows, 1, -1)
+        beams = before.shape[2] // slots
+        slot, beam = jnp.divmod(jnp.arange(before.shape[2], dtype=jnp.int32), beams)
+        own = (beam == jnp.arange(rows, dtype=jnp.int32)[:, None] % beams)[:, None]
+        until = now + jnp.arange(length, dtype=jnp.int32)[:, None]
+        mask = before | (own & (now <= slot) & (slot <= until))
+        if length:
+            seen.value = mask[:, -1].reshape(seen.value.shape)
+        return now, mask
 
 
 def check_room(taken: Array, new: int, slots: int) -> None:

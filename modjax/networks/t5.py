@@ -220,10 +220,15 @@ class Transformer(nn.Module):
         cross_mask = (encoder_input_tokens > 0)[:, None, None, :]
         query_positions = key_positions = jnp.arange(length, dtype=jnp.int32)
         if decode:
-            cache_index = self.decoder.position(length, max_decode_length)
-            query_positions = cache_index + query_positions
-            key_positions = jnp.arange(max_decode_length, dtype=jnp.int32)
-        mask = (key_positions[None, :] <= query_positions[:, None])[None, None]
+            rows = decoder_input_tokens.shape[0]
+            index, seen = self.decoder.position(rows, length, max_decode_length)
+            columns = seen.shape[2]
+            beams = columns // max_decode_length
+            mask = seen.reshape(rows // beams, 1, beams * length, columns)
+            query_positions = jnp.tile(index + query_positions, beams)
+            key_positions = jnp.arange(columns, dtype=jnp.int32) // beams
+        else:
+            mask = (key_positions[None, :] <= query_positions[:, None])[None, None]
         if not decode and decoder_segment_ids is not None and encoder_segment_ids is not None:
             mask = mask & _same_segment(decoder_segment_ids, decoder_segment_ids)
             cross_mask = _same_segment(decoder_segment_ids, encoder_segment_ids)
@@ -277,7 +282,7 @@ class Decoder(nn.Module):
     config: T5Config
 
     def setup(self) -> None:
-        self.position = layers.CachePosition()
+        self.position = layers.CachePosition(self.config.scan_layers)
         self.stack = Stack(self.config, decoder=True)
         nn.share_scope(self, self.stack)
         if not self.config.logits_via_embedding:

@@ -84,6 +84,31 @@ def test_gathering_a_cache_moves_beams_but_not_what_they_share(layers):
     assert got["self_attention"]["cached_bias"].shape == (1, 2, 7)
 
 
+@pytest.mark.parametrize("layers", [False, True])
+def test_what_lies_side_by_side_is_beam_0s_first_and_stays_where_it_is(layers):
+    lead, offset = ((2,) if layers else ()), int(layers)
+    keys = np.random.RandomState(1).normal(size=(*lead, 3, 4, 2)).astype(np.float32)
+    mask = np.array([[1, 1], [1, 0], [0, 0]], bool).reshape(*(1,) * offset, 3, 2)
+    cache = {"joint_key": jnp.asarray(keys), "joint_mask": jnp.asarray(mask)}
+    flat = decoding.expand_cache(cache, 3, 2, offset, picked=True)
+    assert flat["joint_key"].shape == (*lead, 3, 4, 4)
+    np.testing.assert_array_equal(flat["joint_key"][..., ::2], keys)
+    seen = np.repeat(mask, 2, axis=offset)
+    np.testing.assert_array_equal(flat["joint_mask"][..., ::2], seen)
+    assert not np.asarray(flat["joint_mask"])[..., 1::2].any()
+    got = decoding.gather_cache(flat, jnp.array([[1, 0], [0, 0], [1, 1]]), 2, offset)
+    np.testing.assert_array_equal(got["joint_key"], flat["joint_key"])
+    own = decoding.expand_cache(cache, 3, 2, offset)
+    np.testing.assert_array_equal(own["joint_key"], np.repeat(keys, 2, axis=offset))
+    np.testing.assert_array_equal(own["joint_mask"], seen)
+
+
+def test_picking_beams_picks_what_they_see():
+    mask = jnp.asarray(np.eye(6, dtype=bool))
+    got = decoding.gather_cache({"joint_mask": mask}, jnp.array([[1, 0], [0, 0], [1, 1]]), 2)
+    np.testing.assert_array_equal(got["joint_mask"], np.eye(6)[[1, 0, 2, 2, 5, 5]])
+
+
 def test_frozen_caches_stay_frozen():
     cache = flax.core.freeze(_cache(False))
     assert isinstance(decoding.expand_cache(cache, 3, 2), flax.core.FrozenDict)

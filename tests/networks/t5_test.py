@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from modjax import decoding
+
 VARIANTS = {
     "t5_1_0": dict(mlp_activations=("relu",), logits_via_embedding=True),
     "t5_1_1": dict(),
@@ -108,6 +110,30 @@ def test_cached_decoding_equals_uncached_whatever_the_pieces(variant, scan, make
             logits.append(piece)
             start += length
         np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant, scan", [("t5_1_0", False), ("umt5", True)])
+def test_beams_that_are_picked_go_on_from_their_own_history(variant, scan, make_t5, batch):
+    network = make_t5(**VARIANTS[variant], scan_layers=scan)
+    params = init(network, batch)["params"]
+    inputs, prompt = batch["encoder_input_tokens"], batch["decoder_input_tokens"][:, :2]
+    rows, beams, draw = len(inputs), 3, np.random.default_rng(0)
+    encoded = apply(network, {"params": params}, inputs, method="encode")
+    _, cache = step(network, {"params": params}, encoded, inputs, prompt)
+    cache = decoding.expand_cache(cache["cache"], rows, beams, int(scan), picked=True)
+    histories = np.repeat(prompt, beams, axis=0)
+    inputs, encoded = (np.repeat(x, beams, axis=0) for x in (inputs, encoded))
+    for _ in range(4):
+        tokens = draw.integers(2, 30, (rows * beams, 1))
+        variables = {"params": params, "cache": cache}
+        logits, cache = step(network, variables, None, inputs, tokens)
+        histories = np.concatenate([histories, tokens], axis=1)
+        padded = np.pad(histories, ((0, 0), (0, 6 - histories.shape[1])))
+        whole = apply(network, {"params": params}, encoded, inputs, padded, method="decode")
+        np.testing.assert_allclose(logits[:, 0], whole[:, histories.shape[1] - 1], atol=2e-5)
+        picked = draw.integers(0, beams, (rows, beams))
+        cache = decoding.gather_cache(cache["cache"], picked, beams, int(scan))
+        histories = histories[(np.arange(rows)[:, None] * beams + picked).reshape(-1)]
 
 
 def test_packed_rows_equal_unpacked_ones(make_t5, batch):
