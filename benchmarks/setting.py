@@ -267,7 +267,7 @@ def flops_on_paper(name: str) -> float:
         modules = method.router.modules(dataclasses.replace(space, features=few))
     ranks = method.bank.ranks(modules)
     down, up = sum(ranks), sum(ranks)
-    if choose_form(sum(ranks), RANK, BATCH, LENGTH) == "gathered":
+    if choose_form(sum(ranks), RANK, BATCH, LENGTH, jax.default_backend()) == "gathered":
         down = up = RANK  # each row's own columns
     if name.startswith("adamix"):
         down = up = RANK  # one module is drawn for the batch before it meets a token

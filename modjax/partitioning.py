@@ -188,6 +188,15 @@ def in_force(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
         _IN_FORCE.reset(token)
 
 
+def platform() -> str:
+    """What the step that is being traced will run on: "cpu", "gpu", "tpu".
+
+    By the devices of the mesh in force, which need not be here (`modjax.aot`); jax's default where there is none.
+    """
+    found = _IN_FORCE.get()
+    return jax.default_backend() if found is None else found[0].devices.flat[0].platform
+
+
 def rows_are_divided() -> bool:
     """Whether the step that is being traced divides a batch over several devices, as far as is known."""
     found = _IN_FORCE.get()

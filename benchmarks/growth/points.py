@@ -69,7 +69,7 @@ class Point:
     def chosen(self) -> str:
         """The form that `choose_form` takes."""
         active = setting.RANK * (self.segments or 1)
-        return choose_form(self.columns, active, self.rows, self.length)
+        return choose_form(self.columns, active, self.rows, self.length, jax.default_backend())
 
 
 def point(axis: str, size: int) -> Point:

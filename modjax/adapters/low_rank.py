@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from modjax import partitioning
 from modjax.adapters import banks, lookup
 from modjax.adapters.banks import Leaf, belongs
 from modjax.adapters.routing import ModuleName, Routing, Shares, as_shares
@@ -53,7 +54,9 @@ class Gates:
         return self.dense.shape[0]
 
 
-def choose_form(num_columns: int, active_columns: int, batch: int, length: int) -> str:
+def choose_form(
+    num_columns: int, active_columns: int, batch: int, length: int, platform: str = "tpu"
+) -> str:
     """ "dense" or "gathered", whichever is expected to take less time for one low-rank bank.
 
     The dense form multiplies every token with all `num_columns`; the gathered form multiplies with the row's
@@ -67,8 +70,10 @@ def choose_form(num_columns: int, active_columns: int, batch: int, length: int) 
       active_columns: N, of a row.
       batch: rows.
       length: tokens of a row.
+      platform: of the devices, as jax calls it. Accelerators multiply with a few hundred columns as fast as with a few;
+        on a "cpu" gathering pays from the first columns on that it spares (benchmarks/growth).
     """
-    if num_columns <= DENSE_UP_TO_COLUMNS:
+    if platform != "cpu" and num_columns <= DENSE_UP_TO_COLUMNS:
         return "dense"
     gathered = active_columns * (length + GATHERED_TRAFFIC_WEIGHT)
     return "gathered" if gathered < num_columns * length and batch else "dense"
@@ -320,7 +325,8 @@ class LowRankBank(nn.Module):
     def _sum(self, x: Array, a: Array, b: Array, gates: Gates) -> Array:
         form = self.form
         if form == "auto":
-            form = choose_form(self.num_columns, gates.columns.shape[1], *x.shape[:2])
+            active = gates.columns.shape[1]
+            form = choose_form(self.num_columns, active, *x.shape[:2], partitioning.platform())
         if form == "dense":
             return banks.product(banks.product(x, a) * gates.dense.astype(x.dtype), b)
         if gates.columns.shape[0] == 1:  # all rows use the same columns

@@ -173,6 +173,9 @@ def test_the_form_is_dense_for_small_banks_and_gathered_for_hundreds_of_language
     assert choose_form(8192, 16, batch=32, length=512) == "gathered"
     # A packed row of many examples opens as many columns as a middling bank has.
     assert choose_form(1024, 64 * 16, batch=32, length=512) == "dense"
+    assert choose_form(104, 8, batch=8, length=64) == "dense"
+    assert choose_form(104, 8, batch=8, length=64, platform="cpu") == "gathered"
+    assert choose_form(60, 80, batch=16, length=80, platform="cpu") == "dense"
 
 
 def test_a_feature_space_of_hundreds_of_languages_routes(make_t5):
