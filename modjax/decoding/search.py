@@ -77,7 +77,8 @@ def beam_search(
       inputs: int32 `[B, L]`, right-shifted prompts; all 0 to decode from the start.
       cache: the decoder's cache for B examples. Picking beams copies what is in it at every step,
         so keep what all beams of an example share (the encoder's output) out of it; what layers
-        named `encoder_decoder_attention` cache is known to be shared and not copied.
+        named `encoder_decoder_attention` cache is known to be shared and not copied, and
+        `joint_key` and `joint_value` stay where they are (see `expand_cache`).
       tokens_to_logits: gives logits `[B * num_decodes, V]`, computed on as float32, and the new
         cache.
       eos_id: the token that ends a sequence.
