@@ -325,8 +325,9 @@ class LowRankBank(nn.Module):
     def _sum(self, x: Array, a: Array, b: Array, gates: Gates) -> Array:
         form = self.form
         if form == "auto":
-            active = gates.columns.shape[1]
-            form = choose_form(self.num_columns, active, *x.shape[:2], partitioning.platform())
+            (batch, length), active = x.shape[:2], gates.columns.shape[1]
+            where = partitioning.platform()
+            form = choose_form(self.num_columns, active, batch, length, where)
         if form == "dense":
             return banks.product(banks.product(x, a) * gates.dense.astype(x.dtype), b)
         if gates.columns.shape[0] == 1:  # all rows use the same columns
