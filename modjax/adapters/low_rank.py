@@ -62,8 +62,7 @@ def choose_form(
     The dense form multiplies every token with all `num_columns`; the gathered form multiplies with the row's
     `active_columns` only, but first copies those columns for each row of the batch, and adds their gradients back.
     Per unit of width: dense costs `batch * length * num_columns` multiply-adds, gathered
-    `batch * active_columns * (length + w)` with w the measured price of moving a column, in tokens. It is set for TPUs;
-    on a CPU the gathered form was the faster one with any number of columns (benchmarks/README.md).
+    `batch * active_columns * (length + w)` with w the measured price of moving a column, in tokens.
 
     Args:
       num_columns: R, of the bank.
@@ -71,7 +70,7 @@ def choose_form(
       batch: rows.
       length: tokens of a row.
       platform: of the devices, as jax calls it. Accelerators multiply with a few hundred columns as fast as with a few;
-        on a "cpu" gathering pays from the first columns on that it spares (benchmarks/growth).
+        on a "cpu" gathering pays with any number of columns (benchmarks/growth).
     """
     if platform != "cpu" and num_columns <= DENSE_UP_TO_COLUMNS:
         return "dense"
