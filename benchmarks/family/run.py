@@ -9,13 +9,11 @@ choose from, with seed 0 and by validation: on the seen datasets for a method, o
 shots, for a way.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -312,45 +310,17 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = words.parser(__doc__, TRIAL_SEED)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[TRIAL_SEED])
-    parser.add_argument(
-        "--output", default="runs/words", type=pathlib.Path, help="bases, checkpoints, logs"
-    )
-    parser.add_argument(
-        "--store", type=pathlib.Path, help="what is done; by default cells.jsonl beside this file"
-    )
-    parser.add_argument("--parallel", type=int, default=2, help="processes at once (default: 2)")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no cell after this"
-    )
-    parser.add_argument("--bind", nargs="*", default=[], help="gin bindings of training")
-    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
     args = parser.parse_args(argv)
 
-    file = args.store or (args.output if args.smoke else HERE) / "cells.jsonl"
-    store = study.Store(file)
-    settings = Settings(args.output.resolve(), args.smoke, tuple(args.bind))
-    plan = Plan(args.methods, args.ways, args.seeds, store, settings)
-    start = time.monotonic()
-    if not settings.has_base(BASE):
-        words.pretrain(BASE, settings)
+    def plan(store: study.Store, settings: Settings) -> Plan:
+        if not settings.has_base(BASE):
+            words.pretrain(BASE, settings)
+        return Plan(args.methods, args.ways, args.seeds, store, settings)
 
-    def keep(job: tuple[Cell, Cell | None], found: study.Found) -> None:
-        store.add(found)
-        print(
-            f"{job[0].name}: {found['seconds']:.0f} s, {(time.monotonic() - start) / 60:.1f} minutes",
-            flush=True,
-        )
-
-    job = functools.partial(do, settings=settings)
-    until = start + 60 * args.minutes
-    all_done = study.work(plan.open, job, keep, args.parallel, settings.output / "compiled", until)
-    target = study.write_rows(rows(plan), file)
-    print(f"{'all cells are done' if all_done else 'time was up'}; wrote {target}")
-    return 0
+    return words.sit(args, HERE, plan, do, rows)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ A base is a T5 of 0.87 million parameters that learnt to translate between inven
 translation is a dial. One training of an adapter takes a minute of a core. See `tasks.babel_words` for the texts.
 """
 
+import argparse
 import dataclasses
 import functools
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import cells, study
@@ -166,3 +167,62 @@ def bound(macros: Mapping[str, Any]) -> list[str]:
 def short(settings: Settings) -> list[str]:
     """Bindings of a training that is only to be seen to work."""
     return ["TRAIN_STEPS = 4", "WARMUP = 1"] if settings.smoke else []
+
+
+def parser(text: str, seed: int) -> argparse.ArgumentParser:
+    """The arguments that the studies share.
+
+    Args:
+      text: the module's, whose first line says what it does.
+      seed: the one that is taken if none is given.
+    """
+    made = argparse.ArgumentParser(description=text.split("\n")[0])
+    made.add_argument("--seeds", nargs="+", type=int, default=[seed])
+    made.add_argument(
+        "--output", default="runs/words", type=pathlib.Path, help="bases, checkpoints, logs"
+    )
+    made.add_argument(
+        "--store", type=pathlib.Path, help="what is done; by default the study's cells.jsonl"
+    )
+    made.add_argument("--parallel", type=int, default=2, help="processes at once (default: 2)")
+    made.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no cell after this"
+    )
+    made.add_argument("--bind", nargs="*", default=[], help="gin bindings of training")
+    made.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
+    return made
+
+
+def sit(
+    args: argparse.Namespace,
+    study_folder: pathlib.Path,
+    make_plan: Callable[[study.Store, Settings], Any],
+    do: Callable[..., study.Found],
+    rows: Callable[[Any], list[dict[str, Any]]],
+) -> int:
+    """A sitting of a study: does its open cells, keeps what they give, and writes results.json; the exit status.
+
+    Args:
+      args: of `parser`.
+      study_folder: where its cells.jsonl is.
+      make_plan: gives what has `open()`, the cells that can be begun.
+      do: does a cell, called with it and the settings, in another process.
+      rows: of results.json, from the plan.
+    """
+    folder = args.output / "smoke" / study_folder.name if args.smoke else study_folder
+    file = args.store or folder / "cells.jsonl"
+    store, start = study.Store(file), time.monotonic()
+    settings = Settings(args.output.resolve(), args.smoke, tuple(args.bind))
+    plan = make_plan(store, settings)
+
+    def keep(_: Any, found: study.Found) -> None:
+        store.add(found)
+        minutes = (time.monotonic() - start) / 60
+        print(f"{found['name']}: {found['seconds']:.0f} s, {minutes:.1f} minutes", flush=True)
+
+    job = functools.partial(do, settings=settings)
+    until = start + 60 * args.minutes
+    done = study.work(plan.open, job, keep, args.parallel, settings.output / "compiled", until)
+    target = study.write_rows(rows(plan), file)
+    print(f"{'all cells are done' if done else 'time was up'}; wrote {target}")
+    return 0
