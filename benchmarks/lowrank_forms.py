@@ -119,7 +119,8 @@ def main() -> None:
             if functions:
                 seconds = interleaved(functions, args.rounds)
             plain = seconds["plain"]
-            picked = choose_form(total, active, args.batch, args.length)
+            platform = "tpu" if args.topology else jax.default_backend()
+            picked = choose_form(total, active, args.batch, args.length, platform)
             print(
                 f"{segments:8d}  {total:9d}  {active:8d}  {seconds['dense'] / plain:11.2f}  "
                 f"{seconds['gathered'] / plain:14.2f}  {picked}",

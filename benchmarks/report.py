@@ -3,13 +3,11 @@
     pip install -c constraints.txt -e '.[studies]'
     python -m benchmarks.report [--output docs/studies]
 
-reads `zero_shot/` and `family/`, each its results.json and its cells.jsonl, and writes plots as SVG and `tables.md`. A
-part whose cells are not there yet is left out, and named. The last line is JSON, one goal for each question that is
-answered.
+reads `zero_shot/cells.jsonl` and `family/cells.jsonl`, and writes plots as SVG and `tables.md`. A part whose cells are
+not there yet is left out, and named. The last line is JSON, one goal for each question that is answered.
 """
 
 import argparse
-import collections
 import json
 import pathlib
 import statistics
@@ -18,6 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import study
+from benchmarks.family import run as family_study
+from benchmarks.words.setting import Settings
+from benchmarks.zero_shot import run as zero_shot_study
 
 HERE = pathlib.Path(__file__).resolve().parent
 Row = Mapping[str, Any]
@@ -26,18 +27,16 @@ SETTINGS = {
     "unseen_pair": "unseen pair",
     "unseen_language": "unseen language",
 }
-POLICY = ", language off for unseen pairs"
+POLICY = zero_shot_study.POLICY
+FORMS = ("test", "language_off", "task_off")
 Scores = Mapping[
     tuple[str, str, str], Sequence[float]
 ]  # (point, method, setting) -> the mean of each seed
 
 
-def read(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows, cells) of a study's folder, empty where it has none."""
-    rows, cells = HERE / name / "results.json", HERE / name / "cells.jsonl"
-    found = json.loads(rows.read_text()) if rows.exists() else []
-    lines = cells.read_text().splitlines() if cells.exists() else []
-    return found, [json.loads(line) for line in lines]
+def seeds(store: study.Store) -> list[int]:
+    """Those of the cells that are done."""
+    return sorted({cell["config"].get("seed", 0) for cell in store.cells()})
 
 
 def scores(rows: Sequence[Row]) -> Scores:
@@ -189,14 +188,23 @@ Part = tuple[str, list[dict[str, Any]]]
 
 def zero_shot(output: pathlib.Path) -> Part:
     """The map of where which method wins, what features hold, and the question whether FLix beats LoRA."""
-    rows, cells = read("zero_shot")
+    store = study.Store(HERE / "zero_shot" / "cells.jsonl")
+    plan = zero_shot_study.Plan(
+        list(zero_shot_study.POINTS),
+        list(zero_shot_study.METHODS),
+        seeds(store),
+        store,
+        Settings(pathlib.Path()),
+    )
+    rows = zero_shot_study.rows(plan)
     if not rows:
         return "", []
     found = scores(rows)
     draw_map(found, output / "zero_shot.svg")
-    parts = ["## Zero-shot", table(found, list(SETTINGS)), _switched(cells, rows)]
-    norms = {cell["config"]["method"]: cell["norms"] for cell in cells if cell.get("norms")}
-    parts.append(_norms(norms, output))
+    cells = [(cell, gave) for cell in plan.chosen() if (gave := plan.found(cell))]
+    settings = {f"{row['task']} {row['language']}": row["setting"] for row in rows}
+    parts = ["## Zero-shot", table(found, list(SETTINGS)), _switched(cells, settings)]
+    parts.append(_norms(cells, output))
     ours = {name for _, name, _ in found if name.startswith("flix")}
     return "\n\n".join(filter(None, parts)), [
         *_question(found, "FLix over LoRA of the same compute, seen", "seen", {"flix"}, {"lora"}),
@@ -246,81 +254,70 @@ def _question(
     ]
 
 
-def _switched(cells: Sequence[Row], rows: Sequence[Row]) -> str:
-    """What is left when the language, or the task, is off: by point and method, seed by seed averaged."""
-    settings = {f"{row['task']} {row['language']}": row["setting"] for row in rows}
-    chosen = {(row["point"], row["method"], row["seed"]) for row in rows}
-    best: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
-    validated = _best_rates(cells)
-    for cell in cells:
-        config = cell["config"]
-        key = (config.get("point"), config.get("method"))
-        if (
-            "language_off" not in cell
-            or (*key, config["seed"]) not in chosen
-            or validated[key] != config["rate"]
-        ):
-            continue
-        into = best.setdefault(key, collections.defaultdict(list))
-        for form in ("test", "language_off", "task_off"):
-            for setting in ("seen", "unseen_pair"):
-                values = [
-                    v
-                    for d, v in cell[form].items()
-                    if settings[d] == setting and d.startswith("parse")
-                ]
-                into[form, setting].append(statistics.fmean(values))
-    if not best:
+Chosen = Sequence[tuple[zero_shot_study.Cell, study.Found]]
+
+
+def _switched(cells: Chosen, settings: Mapping[str, str]) -> str:
+    """What is left of parses when the language, or the task, is off: by point and method, over seeds."""
+    columns = [(s, form) for s in ("seen", "unseen_pair") for form in FORMS]
+    found: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
+    for cell, gave in cells:
+        if all(form in gave for form in FORMS):
+            into = found.setdefault((cell.point, cell.method), {key: [] for key in columns})
+            for setting, form in columns:
+                names = [n for n in gave[form] if n.startswith("parse ") and settings[n] == setting]
+                into[setting, form].append(statistics.fmean(gave[form][name] for name in names))
+    if not found:
         return ""
-    lines = [
-        "Parses with features off:",
-        "",
-        "| point | method | seen: all on | language off | task off | unseen pair: all on | language off | task off |",
-    ]
-    lines.append("|---" * 8 + "|")
-    for (point, method), values in best.items():
-        shown = [
-            study.mean(values[form, s])
-            for s in ("seen", "unseen_pair")
-            for form in ("test", "language_off", "task_off")
-        ]
-        lines.append(f"| {point} | {method} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    names = [f"{SETTINGS[setting]}: {form.replace('_', ' ')}" for setting, form in columns]
+    lines = ["| point | method | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for (point, method), values in found.items():
+        shown = " | ".join(study.mean(values[key]) for key in columns)
+        lines.append(f"| {point} | {method} | {shown} |")
+    return "Parses with features off:\n\n" + "\n".join(lines)
 
 
-def _best_rates(cells: Sequence[Row]) -> dict[tuple[str, str], float]:
-    found: dict[tuple[str, str], tuple[float, float]] = {}
-    for cell in sorted(
-        (c for c in cells if c["config"].get("seed") == 0), key=lambda c: c["config"]["rate"]
-    ):
-        config, score = cell["config"], sum(cell["validation"].values())
-        key = (config.get("point"), config["method"])
-        if key not in found or score > found[key][0]:
-            found[key] = (score, config["rate"])
-    return {key: rate for key, (_, rate) in found.items()}
-
-
-def _norms(norms: Mapping[str, Mapping[str, Mapping[str, float]]], output: pathlib.Path) -> str:
-    if "flix" not in norms:
+def _norms(cells: Chosen, output: pathlib.Path) -> str:
+    """FLix's norms at the first point that has them, mean over seeds."""
+    known = [(c, gave["norms"]) for c, gave in cells if c.method == "flix" and "norms" in gave]
+    if not known:
         return ""
-    layers = list(norms["flix"])
-    modules = _distinct(module for of in norms["flix"].values() for module in of)
+    point = known[0][0].point
+    norms = [found for cell, found in known if cell.point == point]
+    layers = list(norms[0])
+    modules = _distinct(module for layer in layers for module in norms[0][layer])
     values = {
-        module: [norms["flix"][layer].get(module, 0.0) for layer in layers] for module in modules
+        m: [statistics.fmean(of[layer].get(m, 0.0) for of in norms) for layer in layers]
+        for m in modules
     }
-    draw_heat(values, layers, "norm of each feature's update", output / "feature_norms.svg")
-    return "The norms of FLix's updates by layer: `feature_norms.svg`."
+    title = f"norm of each feature's update, {point}"
+    draw_heat(values, layers, title, output / "feature_norms.svg")
+    return (
+        f"The norms of FLix's updates at {point}, mean of {len(norms)} seeds: `feature_norms.svg`."
+    )
 
 
 def family(output: pathlib.Path) -> Part:
     """Many tasks at once, zero-shot, few-shot: tables, plots and the questions of the family."""
-    rows, cells = read("family")
+    store = study.Store(HERE / "family" / "cells.jsonl")
+    plan = family_study.Plan(
+        list(family_study.METHODS),
+        list(family_study.WAYS),
+        seeds(store),
+        store,
+        Settings(pathlib.Path()),
+    )
+    rows = family_study.rows(plan)
     if not rows:
         return "", []
     many = [row for row in rows if row["point"] == "many" and row["setting"] != "unseen_task"]
     few = [row for row in rows if row["point"] != "many"]
     parts = ["## The family", table(scores(many), list(SETTINGS))]
-    trained = {cell["config"]["name_of"]: cell for cell in cells if not cell["config"]["shots"]}
+    trained = {
+        cell.name_of: gave
+        for cell in plan.chosen()
+        if not cell.shots and (gave := plan.found(cell))
+    }
     seen = {
         m: statistics.fmean(v) for (_, m, setting), v in scores(many).items() if setting == "seen"
     }
@@ -340,13 +337,12 @@ def family(output: pathlib.Path) -> Part:
         output / "step_time.svg",
         False,
     )
-    for name, cell in trained.items():
-        if name == "polytropon" and cell.get("routing"):
-            skills = [f"skill {i}" for i in range(len(next(iter(cell["routing"].values()))))]
-            weights = {d.partition("_")[2]: w for d, w in cell["routing"].items()}
-            draw_heat(
-                weights, skills, "Polytropon's routing, mean over layers", output / "routing.svg"
-            )
+    routing = trained.get("polytropon", {}).get("routing")
+    if routing:
+        skills = [f"skill {i}" for i in range(len(next(iter(routing.values()))))]
+        weights = {dataset.partition("_")[2]: shares for dataset, shares in routing.items()}
+        title = "Polytropon's routing, mean over layers"
+        draw_heat(weights, skills, title, output / "routing.svg")
     goals: list[dict[str, Any]] = []
     if few:
         means = {
@@ -397,13 +393,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default=HERE.parent / "docs" / "studies", type=pathlib.Path)
     args = parser.parse_args(argv)
-    texts, goals = (
-        [
-            "# Tables of the studies",
-            "Made by `python -m benchmarks.report`: exact match in percent, mean and standard error over seeds.",
-        ],
-        [],
-    )
+    texts = [
+        "# Tables of the studies",
+        "Made by `python -m benchmarks.report`: exact match in percent, mean and standard error over seeds.",
+    ]
+    goals: list[dict[str, Any]] = []
     for name, part in PARTS.items():
         text, found = part(args.output)
         if not text:

@@ -1,5 +1,6 @@
 """The sides of a comparison: processes that do a step when they are asked to. Batches travel in files."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -100,3 +101,14 @@ def started(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Side]]:
         yield {
             name: stack.enter_context(contextlib.closing(Side(c))) for name, c in commands.items()
         }
+
+
+def parser(text: str, cases: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """The arguments that comparisons share: --serve and --prepare are what they call themselves with."""
+    made = argparse.ArgumentParser(description=text.split("\n")[0])
+    made.add_argument("--cases", nargs="+", choices=list(cases), default=list(cases))
+    made.add_argument("--rounds", type=int, default=rounds)
+    made.add_argument("--cores", type=int, default=1, help="0 for all")
+    made.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    made.add_argument("--prepare", help=argparse.SUPPRESS)
+    return made

@@ -70,6 +70,10 @@ class Store:
             )
         return cell
 
+    def cells(self) -> list[Found]:
+        """All that are done."""
+        return list(self._cells.values())
+
     def add(self, cell: Found) -> None:
         """Keeps a cell, on disk before this returns; the file is whole at any moment."""
         self._cells[cell["name"]] = cell

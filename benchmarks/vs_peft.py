@@ -14,7 +14,6 @@ of a process's resident set, and the same beyond what it held once everything wa
 the processor's time of the process.
 """
 
-import argparse
 import os
 import pathlib
 import subprocess
@@ -223,13 +222,8 @@ def compare(case: str, folder: pathlib.Path, rounds: int, cores: int) -> list[di
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser = sides.parser(__doc__, CASES, 11)
     parser.add_argument("--data_dir", help="by default the environment variable MODJAX_DATA")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--cores", type=int, default=1, help="0 for all")
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--prepare", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
         side, case, folder = args.serve

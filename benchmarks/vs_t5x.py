@@ -21,7 +21,6 @@ on, and the same beyond what it held once everything was imported. T5X is handed
 take to restore a checkpoint is not counted. With one core the clock is the processor's time of the process.
 """
 
-import argparse
 import importlib.util
 import pathlib
 import re
@@ -274,12 +273,7 @@ def check(losses: dict[str, float], number: int) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cores", type=int, default=1, help="0 for all")
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--prepare", help=argparse.SUPPRESS)
+    parser = sides.parser(__doc__, CASES, 9)
     args = parser.parse_args(argv)
     if args.serve:
         side, case, folder = args.serve

@@ -155,3 +155,12 @@ def test_every_parameter_of_every_kind_of_network_has_a_place(
             flat = traverse_util.flatten_dict(places, sep="/")
             assert set(flat) <= set(layout.axes), set(flat) - set(layout.axes)
             assert any("model" in place.spec for place in flat.values())
+
+
+def test_the_platform_is_that_of_the_mesh_in_force():
+    assert partitioning.platform() == jax.default_backend()
+    # Of chips that are not here, as when a job is compiled for a pod.
+    device = types.SimpleNamespace(platform="tpu")
+    with partitioning.in_force(types.SimpleNamespace(devices=np.array([[device]]))):
+        assert partitioning.platform() == "tpu"
+    assert partitioning.platform() == jax.default_backend()

@@ -165,3 +165,12 @@ def test_the_trace_holds_its_steps_and_no_others(tmp_path):
 def test_the_flag_is_refused_where_nothing_is_trained(capsys):
     assert launch.run(["--profile"], "test", "eval", lambda **_: None) == 2
     assert "--profile is a flag of train.py" in capsys.readouterr().err
+
+
+def test_freed_memory_is_given_back_where_the_c_library_can(monkeypatch):
+    trimmed = []
+    libraries = [types.SimpleNamespace(malloc_trim=trimmed.append), types.SimpleNamespace()]
+    monkeypatch.setattr(profiling.ctypes, "CDLL", lambda name: libraries.pop(0))
+    profiling.release_freed_memory()
+    profiling.release_freed_memory()
+    assert trimmed == [0] and not libraries

@@ -113,6 +113,10 @@ class Cell:
         few = f"_{self.target}_{self.shots}" if self.shots else ""
         return f"{self.name_of}{few}_{self.rate:g}_{self.seed}"
 
+    def folder(self, settings: Settings) -> pathlib.Path:
+        """Of its checkpoints and evaluations."""
+        return settings.output / "family" / self.name
+
     @property
     def method(self) -> Method:
         """What trains."""
@@ -131,24 +135,16 @@ def world(output: pathlib.Path) -> None:
 
 def adapt(cell: Cell, settings: Settings) -> study.Found:
     """Trains a method on what is seen, and scores it on that and in zero-shot."""
-    folder = str(settings.output / "family" / cell.name)
-    files, bindings = (f"methods/{cell.method.file}.gin",), cell.method.bindings
-    macros = {
-        "MIXTURE_OR_TASK_NAME": f"{WORLD}_train",
-        "BASE": settings.base(BASE),
-        "MODEL_DIR": folder,
-        "RANDOM_SEED": cell.seed,
-        "LEARNING_RATE": cell.rate,
-    }
-    found = words.train(files, macros, bindings, settings)
-    # All of the parameters are in the checkpoint where all were trained.
-    macros = {"BASE": settings.base(BASE), "CHECKPOINT_PATH": folder}
-    score = functools.partial(words.score, files, settings=settings, bindings=bindings)
-    to = {"EVAL_OUTPUT_DIR": folder + "/validation", "MIXTURE_OR_TASK_NAME": f"{WORLD}_eval_seen"}
-    found["validation"] = score(macros | to, split="validation")
-    to = {"EVAL_OUTPUT_DIR": folder + "/test", "MIXTURE_OR_TASK_NAME": f"{WORLD}_eval"}
-    found["test"] = score(macros | to, split="test")
-    return found
+    return words.adapt(
+        (f"methods/{cell.method.file}.gin",),
+        cell.method.bindings,
+        WORLD,
+        BASE,
+        cell.folder(settings),
+        cell.rate,
+        cell.seed,
+        settings,
+    )
 
 
 def few(cell: Cell, source: Cell | None, settings: Settings) -> study.Found:
@@ -158,8 +154,8 @@ def few(cell: Cell, source: Cell | None, settings: Settings) -> study.Found:
     from benchmarks import cells
     from modjax import fewshot
 
-    folder = settings.output / "family" / cell.name
-    start = str(settings.output / "family" / source.name) if source else None
+    folder = cell.folder(settings)
+    start = str(source.folder(settings)) if source else None
     macros = {
         "MIXTURE_OR_TASK_NAME": f"{WORLD}_new_{cell.target}",
         "BASE": settings.base(BASE),
@@ -219,7 +215,10 @@ class Plan:
         store: study.Store,
         settings: Settings,
     ):
-        self._methods, self._ways, self._seeds = methods, ways, seeds
+        # What a way starts from is trained, too.
+        sources = [WAYS[way].source for way in ways]
+        self._methods = list(dict.fromkeys([*methods, *filter(None, sources)]))
+        self._ways, self._seeds = ways, seeds
         self._store, self._settings = store, settings
 
     def found(self, cell: Cell) -> study.Found | None:
@@ -240,24 +239,17 @@ class Plan:
         return RATES[best.index(max(best))]
 
     def source(self, cell: Cell) -> Cell | None:
-        """The cell whose checkpoint a way starts from; None for the base."""
+        """The cell whose checkpoint a way starts from; None for the base, or while the rate is not known."""
         name = WAYS[cell.name_of].source
-        if name is None:
-            return None
-        rate = self.rate(Cell(name, RATES[0], TRIAL_SEED))
-        return Cell(name, rate or RATES[0], cell.seed)
+        rate = None if name is None else self.rate(Cell(name, RATES[0], TRIAL_SEED))
+        return None if name is None or rate is None else Cell(name, rate, cell.seed)
 
     def ready(self, cell: Cell) -> bool:
-        """Whether a way's source is known, and its checkpoint there."""
-        name = WAYS[cell.name_of].source
-        if name is None:
-            return True
+        """Whether what a way starts from is there."""
         source = self.source(cell)
-        if self.rate(Cell(name, RATES[0], TRIAL_SEED)) is None or source is None:
-            return False
-        return (self._settings.output / "family" / source.name).exists() and bool(
-            self.found(source)
-        )
+        if source is None:
+            return WAYS[cell.name_of].source is None
+        return self.found(source) is not None and source.folder(self._settings).exists()
 
     def kinds(self) -> Iterator[Cell]:
         """One cell of each method, and of each way, target and number of shots."""
@@ -280,9 +272,16 @@ class Plan:
         """(cell, its source) of what can be begun, in the order in which it should."""
         trials = (dataclasses.replace(kind, rate=rate) for kind in self.kinds() for rate in RATES)
         cells = [cell for cell in dict.fromkeys([*trials, *self.chosen()]) if not self.found(cell)]
+        # The store may be kept where checkpoints are not: what is started from is then trained again.
+        sources = dict.fromkeys(self.source(cell) for cell in cells if cell.shots)
+        gone = [
+            source
+            for source in sources
+            if source and self.found(source) and not source.folder(self._settings).exists()
+        ]
         return [
             (cell, self.source(cell) if cell.shots else None)
-            for cell in cells
+            for cell in [*gone, *cells]
             if not cell.shots or self.ready(cell)
         ]
 
@@ -297,15 +296,11 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
     out = []
     for cell in plan.chosen():
         found = plan.found(cell)
-        for dataset, value in (found or {"test": {}})["test"].items():
-            task, language = dataset.split()
-            setting = "unseen_task" if task == "qa" else settings[dataset]
-            point = f"{cell.target}, {cell.shots} shots" if cell.shots else "many"
-            out.append(
-                {"method": cell.name_of, "task": task, "language": language, "setting": setting}
-                | {"metric": "exact_match", "value": value, "seed": cell.seed, "point": point}
-                | {"n": 100 if cell.shots else words.EXAMPLES["test"]}
-            )
+        point = f"{cell.target}, {cell.shots} shots" if cell.shots else "many"
+        n = 100 if cell.shots else words.EXAMPLES["test"]
+        for name, value in (found or {"test": {}})["test"].items():
+            setting = "unseen_task" if name.startswith("qa ") else settings[name]
+            out.append(words.row(cell.name_of, name, setting, value, n, cell.seed, point))
     return out
 
 

@@ -62,9 +62,10 @@ def register(output: pathlib.Path, prefix: str, dials: tuple[tuple[str, Any], ..
     config = BabelConfig(**dict(dials))
     world = Babel(config)
     output.mkdir(parents=True, exist_ok=True)
-    # A file of each process, so that none reads what another is writing.
-    file = output / f"{prefix}_{os.getpid()}.json"
-    babel_words.write_tokenizer(world, file)
+    # Every process of a study writes it, the same, and none may read half of it.
+    file, partial = output / f"{prefix}.json", output / f"{prefix}.{os.getpid()}"
+    babel_words.write_tokenizer(world, partial)
+    os.replace(partial, file)
     copied = functools.partial(babel_words.copy_examples, world)
     babel.register(config, prefix, babel_words.vocabulary(file), copied)
 
@@ -157,6 +158,67 @@ def by_dataset(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Exact match of an evaluation's rows, by dataset."""
     rows = [row for row in rows if row["metric"] == "exact_match"]
     return {f"{row['task']} {row['language']}": round(row["value"], 2) for row in rows}
+
+
+def adapt(
+    files: Sequence[str],
+    bindings: Sequence[str],
+    world: str,
+    base: str,
+    folder: pathlib.Path,
+    rate: float,
+    seed: int,
+    settings: Settings,
+    off: Sequence[str] = (),
+) -> study.Found:
+    """Trains a method on the datasets of a world that are seen, and scores it.
+
+    Args:
+      files, bindings: gin files and bindings of the method.
+      world: the prefix that it is registered under.
+      base: of BASES.
+      folder: of the training and its evaluations.
+      rate, seed: of the training.
+      settings: the study's.
+      off: features that are switched off, one at a time, for a further test each.
+
+    Returns:
+      What `train` gives; `validation` of the seen datasets; `test` of all; and `<feature>_off`, the test with a feature
+      off on seen datasets and unseen pairs.
+    """
+    macros = {"MIXTURE_OR_TASK_NAME": f"{world}_train", "BASE": settings.base(base)}
+    macros |= {"MODEL_DIR": str(folder), "RANDOM_SEED": seed, "LEARNING_RATE": rate}
+    found = train(files, macros, bindings, settings)
+
+    def scored(name: str, mixture: str, split: str, **more: Any) -> None:
+        to = {"MIXTURE_OR_TASK_NAME": mixture, "EVAL_OUTPUT_DIR": str(folder / name)}
+        to |= {"BASE": settings.base(base), "CHECKPOINT_PATH": str(folder)}
+        found[name] = score(files, to | more, settings, split, bindings)
+
+    scored("validation", f"{world}_eval_seen", "validation")
+    scored("test", f"{world}_eval", "test")
+    for feature in off:
+        where = dict.fromkeys(("seen", "unseen_pair"), (feature,))
+        scored(f"{feature}_off", f"{world}_eval", "test", **{"eval.evaluate.switch_off": where})
+    return found
+
+
+def row(
+    method: str, dataset: str, setting: str, value: float, n: int, seed: int, point: str
+) -> dict[str, Any]:
+    """A row of results.json, see `modjax.evaluation.results`, and the point of the study that it is of."""
+    task, language = dataset.split()
+    return {
+        "method": method,
+        "task": task,
+        "language": language,
+        "setting": setting,
+        "metric": "exact_match",
+        "value": value,
+        "n": n,
+        "seed": seed,
+        "point": point,
+    }
 
 
 def bound(macros: Mapping[str, Any]) -> list[str]:

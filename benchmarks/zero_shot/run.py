@@ -28,6 +28,7 @@ RATES = (0.004, 0.0065, 0.01)
 TRIAL_SEED = 0
 # Crowding: R, the rank that an example of any method uses. There are 39 datasets.
 RANKS = (4, 16)
+POLICY = ", language off for unseen pairs"  # ends the name of a method that is scored so
 WORLD = "words"  # the prefix of what adapters train on, the same for all bases
 POINTS = {f"{base}-{rank}": (base, rank) for base in BASES for rank in RANKS}
 
@@ -42,16 +43,11 @@ class Method:
 
     file: str
     bindings: tuple[str, ...]
-
-    @property
-    def routed(self) -> bool:
-        """Whether it has a language feature that can be switched off."""
-        return (
-            self.file.startswith("flix")
-            and "adapters.Features.features = ('task',)" not in self.bindings
-        )
+    # What is switched off for further tests, to see what it holds.
+    off: tuple[str, ...] = ()
 
 
+_BOTH = ("language", "task")
 _HALVES = "adapters.LowRank.rank = {R2}"
 _SHARED = (
     "adapters.Features.shared = True",
@@ -65,19 +61,23 @@ METHODS = {
     "task_only": Method(
         "flix", ("adapters.LowRank.rank = {R}", "adapters.Features.features = ('task',)")
     ),
-    "flix": Method("flix", (_HALVES, "FEATURE_DROPOUT = 0.1")),
-    "flix_no_dropout": Method("flix", (_HALVES,)),
-    "flix_shared": Method("flix", (*_SHARED, "FEATURE_DROPOUT = 0.1")),
+    "flix": Method("flix", (_HALVES, "FEATURE_DROPOUT = 0.1"), _BOTH),
+    "flix_no_dropout": Method("flix", (_HALVES,), _BOTH),
+    "flix_shared": Method("flix", (*_SHARED, "FEATURE_DROPOUT = 0.1"), _BOTH),
     # Ours.
-    "flix_language_dropout": Method("flix", (_HALVES, "FEATURE_DROPOUT = {{'language': 0.5}}")),
+    "flix_language_dropout": Method(
+        "flix", (_HALVES, "FEATURE_DROPOUT = {{'language': 0.5}}"), _BOTH
+    ),
     "flix_wide_task": Method(
-        "flix", ("adapters.LowRank.rank = {{'task': {R34}, 'language': {R4}}}",)
+        "flix", ("adapters.LowRank.rank = {{'task': {R34}, 'language': {R4}}}",), _BOTH
     ),
     "flix_shared_language_dropout": Method(
-        "flix", (*_SHARED, "FEATURE_DROPOUT = {{'language': 0.5}}")
+        "flix", (*_SHARED, "FEATURE_DROPOUT = {{'language': 0.5}}"), _BOTH
     ),
     # In the decoder the task's module has all of the rank.
-    "flix_encoder_language": Method("flix_encoder_language", (_HALVES, "DECODER_RANK = {R}")),
+    "flix_encoder_language": Method(
+        "flix_encoder_language", (_HALVES, "DECODER_RANK = {R}"), _BOTH
+    ),
 }
 
 
@@ -138,28 +138,17 @@ class Cell:
 def adapt(cell: Cell, settings: Settings) -> study.Found:
     """Trains and scores a method."""
     words.register(settings.output, WORLD, ())
-    folder = str(settings.output / "cells" / cell.name)
-    macros = {
-        "MIXTURE_OR_TASK_NAME": f"{WORLD}_train",
-        "BASE": settings.base(cell.base),
-        "MODEL_DIR": folder,
-        "RANDOM_SEED": cell.seed,
-        "LEARNING_RATE": cell.rate,
-    }
-    found = words.train(cell.files(), macros, cell.bindings(), settings)
-    macros = {"BASE": settings.base(cell.base), "CHECKPOINT_PATH": folder}
-    score = functools.partial(
-        words.score, cell.files(), settings=settings, bindings=cell.bindings()
+    return words.adapt(
+        cell.files(),
+        cell.bindings(),
+        WORLD,
+        cell.base,
+        settings.output / "cells" / cell.name,
+        cell.rate,
+        cell.seed,
+        settings,
+        METHODS[cell.method].off,
     )
-    to = {"EVAL_OUTPUT_DIR": folder + "/validation", "MIXTURE_OR_TASK_NAME": f"{WORLD}_eval_seen"}
-    found["validation"] = score(macros | to, split="validation")
-    to = {"EVAL_OUTPUT_DIR": folder + "/test", "MIXTURE_OR_TASK_NAME": f"{WORLD}_eval"}
-    found["test"] = score(macros | to, split="test")
-    for feature in ("language", "task") if METHODS[cell.method].routed else ():
-        off = {setting: (feature,) for setting in ("seen", "unseen_pair")}
-        to |= {"EVAL_OUTPUT_DIR": f"{folder}/{feature}_off", "eval.evaluate.switch_off": off}
-        found[f"{feature}_off"] = score(macros | to, split="test")
-    return found
 
 
 def do(cell: Cell, settings: Settings) -> study.Found:
@@ -235,25 +224,14 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
         tests = {cell.method: found["test"]}
         if "language_off" in found:
             off = {d: v for d, v in found["language_off"].items() if settings[d] == "unseen_pair"}
-            tests[f"{cell.method}, language off for unseen pairs"] = found["test"] | off
+            tests[cell.method + POLICY] = found["test"] | off
         for method, test in tests.items():
-            for dataset, value in test.items():
-                task, language = dataset.split()
-                out.append(
-                    {
-                        "method": method,
-                        "task": task,
-                        "language": language,
-                        "setting": settings[dataset],
-                    }
-                    | {
-                        "metric": "exact_match",
-                        "value": value,
-                        "n": EXAMPLES["test"],
-                        "seed": cell.seed,
-                    }
-                    | {"point": cell.point}
+            out += [
+                words.row(
+                    method, name, settings[name], value, EXAMPLES["test"], cell.seed, cell.point
                 )
+                for name, value in test.items()
+            ]
     return out
 
 

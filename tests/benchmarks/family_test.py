@@ -70,6 +70,21 @@ def test_a_way_of_another_seed_starts_from_that_seeds_checkpoint(settings):
     }
 
 
+def test_what_a_way_starts_from_is_trained_though_nobody_asked_for_it(settings):
+    first, _ = plan(settings, methods=("lora",), ways=("mu",))
+    assert {cell.name_of for cell, _ in first.open()} == {"lora", "poly_s"}
+
+
+def test_a_source_whose_checkpoint_is_gone_is_trained_again(settings):
+    first, store = plan(settings, seeds=(0,))
+    for rate, score in zip(run.RATES, (60.0, 40.0), strict=True):
+        done(store, settings, run.Cell("poly_s", rate, 0), score)
+    best = run.Cell("poly_s", run.RATES[0], 0)
+    assert all(cell.shots for cell, _ in first.open())
+    best.folder(settings).rmdir()
+    assert first.open() == [(best, None)]
+
+
 def test_a_way_from_the_base_waits_for_nothing(settings):
     first, _ = plan(settings, methods=(), ways=("lora_from_base",))
     assert all(source is None for _, source in first.open()) and first.open()

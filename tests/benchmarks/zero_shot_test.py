@@ -33,7 +33,7 @@ def test_the_bindings_of_every_method_are_read(method, gin):
 
 @pytest.fixture
 def settings(tmp_path):
-    return run.Settings(tmp_path, False, ())
+    return words.Settings(tmp_path)
 
 
 def plan(settings, methods=("lora", "flix"), seeds=(0, 1)):
@@ -83,9 +83,8 @@ def test_all_methods_have_gin_files_and_sizes_of_their_rank():
     assert run.Cell("all-16", "flix").bindings()[0] == "adapters.LowRank.rank = 8"
     shared = run.Cell("all-16", "flix_shared").bindings()
     assert "adapters.LowRank.rank = {'task': 8, 'language': 4, 'shared': 4}" in shared
-    assert {m for m in run.METHODS if run.METHODS[m].routed} == {
-        m for m in run.METHODS if m.startswith("flix")
-    }
+    flix = {name for name in run.METHODS if name.startswith("flix")}
+    assert {name for name, method in run.METHODS.items() if method.off} == flix
 
 
 def test_results_have_the_policy_as_a_method_of_its_own(settings):
@@ -96,7 +95,7 @@ def test_results_have_the_policy_as_a_method_of_its_own(settings):
         done(store, settings, run.Cell(POINT, "flix", rate, 0), language_off=off)
     rows = run.rows(first)
     values = {(r["method"], r["setting"]): r["value"] for r in rows}
-    policy = "flix, language off for unseen pairs"
+    policy = "flix" + run.POLICY
     assert values["flix", "unseen_pair"] == 10.0 and values[policy, "unseen_pair"] == 30.0
     assert values["flix", "seen"] == values[policy, "seen"] == 50.0
     assert values["flix", "unseen_language"] == values[policy, "unseen_language"] == 5.0
