@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import study
 from benchmarks.family import run as family_study
-from benchmarks.words.setting import Settings
+from benchmarks.trainings import Settings
 from benchmarks.zero_shot import run as zero_shot_study
 
 HERE = pathlib.Path(__file__).resolve().parent

@@ -20,9 +20,9 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import study  # noqa: E402
+from benchmarks import study, trainings  # noqa: E402
+from benchmarks.trainings import Settings  # noqa: E402
 from benchmarks.words import setting as words  # noqa: E402
-from benchmarks.words.setting import Settings  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 BASE = "all"
@@ -167,7 +167,7 @@ def few(cell: Cell, source: Cell | None, settings: Settings) -> study.Found:
         "fewshot.Protocol.seeds": (cell.seed,),
     }
     files = ("bases/folder.gin", f"methods/{cell.method.file}.gin", str(HERE / "few.gin"))
-    bindings = [*words.bound(macros), *cell.method.bindings, *settings.bind]
+    bindings = [*trainings.bound(macros), *cell.method.bindings, *settings.bind]
     if settings.smoke:
         bindings += ["TRAIN_STEPS = 2", "fewshot.Protocol.validation_examples = 2"]
     cells.configure("fewshot", files, bindings)
@@ -300,12 +300,12 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
         n = 100 if cell.shots else words.EXAMPLES["test"]
         for name, value in (found or {"test": {}})["test"].items():
             setting = "unseen_task" if name.startswith("qa ") else settings[name]
-            out.append(words.row(cell.name_of, name, setting, value, n, cell.seed, point))
+            out.append(trainings.row(cell.name_of, name, setting, value, n, cell.seed, point))
     return out
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = words.parser(__doc__, TRIAL_SEED)
+    parser = trainings.parser(__doc__, TRIAL_SEED, "runs/words")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     args = parser.parse_args(argv)
@@ -315,7 +315,7 @@ def main(argv: Sequence[str]) -> int:
             words.pretrain(BASE, settings)
         return Plan(args.methods, args.ways, args.seeds, store, settings)
 
-    return words.sit(args, HERE, plan, do, rows)
+    return trainings.sit(args, HERE, plan, do, rows)
 
 
 if __name__ == "__main__":

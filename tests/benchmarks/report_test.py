@@ -5,18 +5,17 @@ import pathlib
 
 import pytest
 
-from benchmarks import report, study
+from benchmarks import report, study, trainings
 from benchmarks.family import run as family_study
-from benchmarks.words import setting as words
 from benchmarks.zero_shot import run as zero_shot_study
 
-SETTINGS = words.Settings(pathlib.Path())
+SETTINGS = trainings.Settings(pathlib.Path())
 
 METHODS = {"lora": 40.0, "flix": 60.0, "flix_no_dropout": 50.0, "flix_shared": 55.0}
 
 
 def row(method, setting, value, seed=0, language="ta"):
-    return words.row(method, f"parse {language}", setting, value, 50, seed, "all-4")
+    return trainings.row(method, f"parse {language}", setting, value, 50, seed, "all-4")
 
 
 @pytest.fixture
