@@ -44,12 +44,14 @@ class Method:
 
     file: str
     bindings: tuple[str, ...] = ()
+    rates: tuple[float, float] = RATES
 
 
 _EVERYWHERE = "ADAPTED_LAYERS = '.*/(query|key|value|out|wi|wi_0|wi_1|wo)'"
 _RANK = "adapters.LowRank.rank = 8"
 _HALVES = "adapters.LowRank.rank = 4"
-_SKILLS = ("SKILLS = 8", "adapters.LowRank.rank = 4")
+# The scale, alpha by rank, is 1 for all low-rank methods.
+_SKILLS = ("SKILLS = 8", "adapters.LowRank.rank = 4", "adapters.LowRank.alpha = 4.0")
 _ADAMIX_LORA = (
     "MODULES = 4",
     "adapters.LowRank.rank = 8",
@@ -75,7 +77,7 @@ METHODS = {
         "pfeiffer", ("adapters.Bottleneck.size = 16", "ROUTER = @adapters.Features()")
     ),
     "ia3": Method("ia3"),
-    "full": Method("full"),
+    "full": Method("full", rates=(0.001, 0.003)),
 }
 
 
@@ -88,10 +90,12 @@ class Way:
 
 
 _COLLAPSE = "initialize.Start.collapse = True"
-WAYS = {name: Way(method, name) for name, method in METHODS.items() if name != "full"}
+# A dataset's own LoRA begins at zero, as lora_from_base does.
+_NO_WAY = ("full", "lora_per_dataset")
+WAYS = {name: Way(method, name) for name, method in METHODS.items() if name not in _NO_WAY}
 WAYS |= {
     "mu": Way(Method("lora", (_HALVES, _COLLAPSE)), "poly_s"),
-    "z": Way(Method("poly_z", ("SKILLS = 8",)), "poly_s"),
+    "z": Way(Method("poly_z", _SKILLS), "poly_s"),
     "lora_from_base": Way(METHODS["lora"], None),
     "full_from_base": Way(METHODS["full"], None),
 }
@@ -227,7 +231,8 @@ class Plan:
 
     def rate(self, cell: Cell) -> float | None:
         """The best rate for what a cell is of, whatever its own rate and seed; None until all are known."""
-        trials = [dataclasses.replace(cell, rate=rate, seed=TRIAL_SEED) for rate in RATES]
+        rates = cell.method.rates
+        trials = [dataclasses.replace(cell, rate=rate, seed=TRIAL_SEED) for rate in rates]
         found = [self.found(trial) for trial in trials]
         if not all(found):
             return None
@@ -236,7 +241,7 @@ class Plan:
             best = [max(curve.values()) for curve in scores]
         else:
             best = [sum(by_dataset.values()) for by_dataset in scores]
-        return RATES[best.index(max(best))]
+        return rates[best.index(max(best))]
 
     def source(self, cell: Cell) -> Cell | None:
         """The cell whose checkpoint a way starts from; None for the base, or while the rate is not known."""
@@ -270,7 +275,11 @@ class Plan:
 
     def open(self) -> list[tuple[Cell, Cell | None]]:
         """(cell, its source) of what can be begun, in the order in which it should."""
-        trials = (dataclasses.replace(kind, rate=rate) for kind in self.kinds() for rate in RATES)
+        trials = (
+            dataclasses.replace(kind, rate=rate)
+            for kind in self.kinds()
+            for rate in kind.method.rates
+        )
         cells = [cell for cell in dict.fromkeys([*trials, *self.chosen()]) if not self.found(cell)]
         # The store may be kept where checkpoints are not: what is started from is then trained again.
         sources = dict.fromkeys(self.source(cell) for cell in cells if cell.shots)
