@@ -21,8 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import study, trainings  # noqa: E402
 from benchmarks.trainings import Settings  # noqa: E402
+from benchmarks.words import setting as words  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
+# The base of the generated benchmark (see benchmarks/words) that the others begin with.
+WORDS = "all"
 # What a base is pretrained on: text alone, or also pairs of utterances with one meaning.
 BASES = {"text": "pretrain", "pairs": "pretrain_pairs"}
 # The training mixture of a split.
@@ -30,8 +33,8 @@ SPLITS = {"first": "train", "second": "train_second"}
 POINTS = tuple(f"{base}-{split}" for base in BASES for split in SPLITS)
 TRIAL_SEED = 0
 RATES = (0.004, 0.01)
-# Test parses of each language; validation has 159.
-EXAMPLES = {"validation": 159, "test": 400}
+# Of each language: all validation parses, so many test parses, and texts of a base's validation.
+EXAMPLES = {"validation": 159, "test": 400, "lesson": 60}
 METRICS = ("exact_match", "inexact_match", "structure_match", "malformed")
 # The method's name in results where a pair that was never trained does without its language.
 POLICY = "_off"
@@ -79,7 +82,7 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training, or with method "" the pretraining of a point's base."""
+    """One training, or with method "" the pretraining of a point's base, or of WORDS."""
 
     point: str
     method: str = ""
@@ -88,7 +91,7 @@ class Cell:
 
     @property
     def base(self) -> str:
-        """Of BASES."""
+        """Of BASES, or WORDS."""
         return self.point.partition("-")[0]
 
     @property
@@ -122,18 +125,41 @@ def register(output: pathlib.Path) -> None:
     mtop6_pieces.register(file)
 
 
+def begin(base: str, settings: Settings) -> str:
+    """Writes what a base begins with, and returns the folder: the layers of WORDS, and a random row for each piece.
+
+    From random weights alone a model of this size does not find out how to copy what it reads; one that learnt it on
+    a few hundred generated words does it with the embeddings of any others.
+    """
+    import numpy as np
+
+    from modjax import hub
+    from tasks import mtop6_pieces
+
+    words, folder = settings.base(WORDS), settings.base(base) + "_begin"
+    rows = mtop6_pieces.SIZE + mtop6_pieces.SENTINELS
+    _, params = hub.load_base(words)
+    known = params["token_embedder"]["embedding"]
+    drawn = np.random.default_rng(0).normal(0.0, known.std(), (rows, known.shape[1]))
+    params["token_embedder"]["embedding"] = drawn.astype(np.float32)
+    hub.save_base(folder, hub.config_of(words, vocab_size=rows), params)
+    return folder
+
+
 def pretrain(base: str, settings: Settings) -> study.Found:
     """Makes a base; gives `validation`: chrF of its lessons on validation text, by lesson and language."""
+    if base == WORDS:
+        return words.pretrain(WORDS, settings)
     register(settings.output)
-    prefix, folder = "mtop6_pieces", settings.base(base)
-    mixture = f"{prefix}_{BASES[base]}"
+    mixture, folder = f"mtop6_pieces_{BASES[base]}", settings.base(base)
     macros = {"MIXTURE_OR_TASK_NAME": mixture, "MODEL_DIR": folder + "_training"}
-    macros["EXPORT_DIR"] = folder
-    found = trainings.train(("methods/full.gin", str(HERE / "pretrain.gin")), macros, (), settings)
+    macros |= {"BASE": begin(base, settings), "EXPORT_DIR": folder}
+    files = ("bases/folder.gin", "methods/full.gin")
+    found = trainings.train((*files, str(HERE / "pretrain.gin")), macros, (), settings)
     macros = {"MIXTURE_OR_TASK_NAME": mixture, "BASE": folder, "CHECKPOINT_PATH": None}
     macros["EVAL_OUTPUT_DIR"] = folder + "_eval"
-    files = ("bases/folder.gin", "methods/full.gin", str(HERE / "eval.gin"))
-    rows = trainings.score(files, macros, settings, "validation", 60)
+    evaluation = (*files, str(HERE / "eval.gin"))
+    rows = trainings.score(evaluation, macros, settings, "validation", EXAMPLES["lesson"])
     return found | {
         "validation": {f"{row['task']} {row['language']}": round(row["value"], 2) for row in rows}
     }
@@ -243,6 +269,8 @@ class Plan:
     def open(self) -> list[Cell]:
         """The cells that can be begun, in the order in which they should: bases, rates, seeds."""
         bases = {cell.base: cell for cell in map(Cell, self._points)}
+        if not self._settings.has_base(WORDS):
+            return [Cell(WORDS)]
         made = {name for name in bases if self._settings.has_base(name)}
         known = [cell for name, cell in bases.items() if name not in made or not self.found(cell)]
         trials = [

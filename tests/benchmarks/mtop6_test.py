@@ -1,5 +1,6 @@
 """The study of real data: what each cell runs, how a rate is chosen, and what is reported."""
 
+import numpy as np
 import pytest
 
 from benchmarks import cells, study, trainings
@@ -35,9 +36,9 @@ def done(store, settings, cell, score=50.0, **more):
 
 
 def with_base(store, settings, name="text"):
-    folder = settings.output / "bases" / name
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    for folder in (settings.output / "bases" / base for base in (run.WORDS, name)):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
     done(store, settings, run.Cell(f"{name}-first"))
 
 
@@ -49,13 +50,32 @@ def test_the_bindings_of_every_method_are_read(name, gin):
     assert gin.query_parameter("%METHOD")
 
 
-def test_the_base_has_a_row_for_every_piece(gin):
+def test_a_base_begins_with_the_layers_of_words_and_a_row_for_every_piece(settings):
+    import jax
+
+    from modjax import hub
+    from modjax.networks import t5
     from tasks import mtop6_pieces
 
-    files = ("methods/full.gin", str(run.HERE / "pretrain.gin"))
-    cells.configure("train", files, RUN[:1] + RUN[2:])
-    rows = gin.query_parameter("modjax.networks.t5.T5Config.vocab_size")
-    assert rows == mtop6_pieces.SIZE + mtop6_pieces.SENTINELS
+    config = t5.T5Config(
+        vocab_size=20,
+        emb_dim=8,
+        num_heads=1,
+        head_dim=8,
+        mlp_dim=8,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        logits_via_embedding=True,
+    )
+    tokens = np.ones((1, 2), np.int32)
+    params = t5.Transformer(config).init(jax.random.key(0), tokens, tokens, tokens)["params"]
+    hub.save_base(settings.base(run.WORDS), config, params)
+    _, begun = hub.load_base(run.begin("text", settings))
+    rows = begun["token_embedder"].pop("embedding")
+    known = params["token_embedder"].pop("embedding")
+    assert rows.shape == (mtop6_pieces.SIZE + mtop6_pieces.SENTINELS, 8)
+    assert float(rows.std()) == pytest.approx(float(known.std()), rel=0.05)
+    jax.tree.map(np.testing.assert_array_equal, begun, params)
 
 
 def test_an_example_of_every_method_but_the_other_loras_computes_rank_16():
@@ -71,7 +91,7 @@ def test_an_example_of_every_method_but_the_other_loras_computes_rank_16():
 
 def test_the_base_comes_first_and_then_the_rates_of_the_first_split(settings):
     first, store = plan(settings, methods=("flix",), points=("text-second",))
-    assert [cell.name for cell in first.open()] == ["base_text"]
+    assert [cell.name for cell in first.open()] == ["base_all"]
     with_base(store, settings)
     assert [(c.point, c.rate, c.seed) for c in first.open()] == [
         ("text-first", rate, 0) for rate in run.RATES
