@@ -64,6 +64,7 @@ METHODS = {
     "lora": Method("lora", (_RANK,)),
     "lora_per_dataset": Method("lora_per_dataset", (_RANK,)),
     "flix": Method("flix", (_HALVES,)),
+    "flix_adamix": Method("flix", (_HALVES, "adapters.Features.copies = 4", "CONSISTENCY = 1.0")),
     "polytropon": Method("polytropon", _SKILLS),
     "polytropon_by_task": Method("polytropon", (*_SKILLS, "adapters.Skills.by = 'task'")),
     "poly_s": Method("poly_s", _SKILLS),
