@@ -79,22 +79,22 @@ def tag_examples(language: str, split: str) -> Examples:
     input_bytes, target_bytes, _ = limits()
     made = (
         xling.tag_example(sentence, input_bytes, target_bytes)
-        for sentence in sentences(language, split)
+        for sentence in _sentences(language, split)
     )
     return [example for example in made if example]
 
 
 def translate_examples(language: str, split: str) -> Examples:
     """English into `language` and back; both directions are one dataset, of that language."""
-    english, other = sentences("en", split), sentences(language, split)
-    return short(xling.translation_examples(language, english, other))
+    english, other = _sentences("en", split), _sentences(language, split)
+    return _short(xling.translation_examples(language, english, other))
 
 
 def qa_examples(language: str, split: str) -> Examples:
     """Questions on a window of their context; the few too long by themselves are left out."""
     input_bytes, _, _ = limits()
     made = (xling.qa_example(question, input_bytes) for question in _questions(language, split))
-    return short(example for example in made if example)
+    return _short(example for example in made if example)
 
 
 def text_examples(language: str, split: str) -> Examples:
@@ -105,7 +105,7 @@ def text_examples(language: str, split: str) -> Examples:
     texts = [row.text for row in utterances(split)[language]]
     if language == "en" and split == "train":
         texts += [row.text for row in _more_english()]
-    texts += [sentence.text for sentence in sentences(language, split)]
+    texts += [sentence.text for sentence in _sentences(language, split)]
     if language in MLQA_LANGUAGES:
         questions = _questions(language, split)
         texts += [question.question for question in questions]
@@ -130,8 +130,7 @@ def _more_english() -> list[mtop.Utterance]:
     return mtop.without(rows, [row for split in SPLITS[1:] for row in utterances(split)["en"]])
 
 
-def sentences(language: str, split: str) -> list[xling.Sentence]:
-    """The treebank's sentences of a split, in one language."""
+def _sentences(language: str, split: str) -> list[xling.Sentence]:
     name = f"pos_mt/ud_pud/{language}_pud-ud-test.conllu"
     rows = _cached(xling.read_conllu, name, xling.PUD_SOURCE)
     return [row for row in rows if xling.split_of(row.id) == split]
@@ -154,8 +153,7 @@ def _read_once(read: Callable[[str], T], path: str) -> T:
     return read(path)
 
 
-def short(examples: Iterable[dict[str, str]]) -> Examples:
-    """The examples that are within `limits`."""
+def _short(examples: Iterable[dict[str, str]]) -> Examples:
     input_bytes, target_bytes, _ = limits()
     return [
         example

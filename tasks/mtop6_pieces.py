@@ -14,8 +14,7 @@ import sentencepiece
 import seqio
 import tensorflow as tf
 
-from modjax.data import registry
-from tasks import byte_tasks, denoise, mtop6
+from tasks import denoise, mtop6
 
 PREFIX = "mtop6_pieces"
 SIZE = 4096
@@ -67,28 +66,8 @@ def vocabulary(path: str | os.PathLike[str]) -> seqio.SentencePieceVocabulary:
     return seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=SENTINELS)
 
 
-def pair_examples(language: str, split: str) -> list[dict[str, str]]:
-    """Utterances and sentences of a split from every other language into this one."""
-    examples = []
-    there, sentences = mtop6.utterances(split), mtop6.sentences(language, split)
-    for other in mtop6.LANGUAGES:
-        if other != language:
-            rows = zip(there[other], there[language], strict=True)
-            pairs = [(source.text, target.text) for source, target in rows]
-            known = {sentence.id: sentence.text for sentence in mtop6.sentences(other, split)}
-            pairs += [(known[s.id], s.text) for s in sentences if s.id in known]
-            examples += [
-                {"inputs": f"translate to {language}: {source}", "targets": target}
-                for source, target in pairs
-            ]
-    return mtop6.short(examples)
-
-
 def register(path: str | os.PathLike[str]) -> None:
     """Registers the datasets and mixtures of `tasks.mtop6` under the names `mtop6_pieces_...`.
-
-    And `mtop6_pieces_pretrain_pairs`, the mixture of pretraining with `pair_examples` for a third of it: what a base
-    gives that knows which words of two languages belong together.
 
     Args:
       path: of the vocabulary's file.
@@ -101,19 +80,6 @@ def register(path: str | os.PathLike[str]) -> None:
         "quote": _of_several(denoise.quote(tokens, mean_span=3.0)),
     }
     mtop6.register(PREFIX, tokens, lessons)
-    pairs = []
-    for language in mtop6.LANGUAGES:
-        pairs.append(f"{PREFIX}_pair_{language}")
-        byte_tasks.add_task(
-            pairs[-1],
-            lambda split, language=language: pair_examples(language, split),
-            mtop6.SPLITS[:2],
-            {"task": "pair", "language": language},
-            ("chrf",),
-            vocabulary=tokens,
-        )
-    text = [f"{PREFIX}_{kind}_{language}" for kind in lessons for language in mtop6.LANGUAGES]
-    registry.add_mixture(f"{PREFIX}_pretrain_pairs", [*text, *((name, 2.0) for name in pairs)])
 
 
 def _of_several(

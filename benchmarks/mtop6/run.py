@@ -1,11 +1,11 @@
 """mtop6: every method on real parses, tags, translations and questions in six languages, and its zero-shot parses.
 
-    python benchmarks/mtop6/run.py --data_dir /data [--points text-first] [--methods lora_16 flix] [--minutes 60]
+    python benchmarks/mtop6/run.py --data_dir /data [--splits first] [--methods lora_16 flix] [--minutes 60]
 
 README.md beside this file says what data it needs and how to read the results. A cell is one training of a method, or
-the pretraining of a base; what has a line in `cells.jsonl` is not done again (see `benchmarks.study`). A point is a
-base and a split of the parsing languages. Every method has as many rates to choose from, with seed 0, on the first
-split of its base, by the exact matches of the validation parses of trained languages: nothing held out decides.
+the pretraining of a base; what has a line in `cells.jsonl` is not done again (see `benchmarks.study`). Every method has
+as many rates to choose from, with seed 0, on the first split, by the exact matches of the validation parses of trained
+languages: nothing held out decides.
 """
 
 import dataclasses
@@ -24,15 +24,13 @@ from benchmarks.trainings import Settings  # noqa: E402
 from benchmarks.words import setting as words  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
-# The base of the generated benchmark (see benchmarks/words) that the others begin with.
+# The base of the generated benchmark (see benchmarks/words) that ours begins with.
 WORDS = "all"
-# What a base is pretrained on: text alone, or also pairs of utterances with one meaning.
-BASES = {"text": "pretrain", "pairs": "pretrain_pairs"}
-# The training mixture of a split.
+BASE = "text"
+# The training mixture of a split of the parsing languages.
 SPLITS = {"first": "train", "second": "train_second"}
-POINTS = tuple(f"{base}-{split}" for base in BASES for split in SPLITS)
 TRIAL_SEED = 0
-RATES = (0.004, 0.01)
+RATES = (0.002, 0.005)
 # Of each language: all validation parses, so many test parses, and texts of a base's validation.
 EXAMPLES = {"validation": 159, "test": 400, "lesson": 60}
 METRICS = ("exact_match", "inexact_match", "structure_match", "malformed")
@@ -82,31 +80,25 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training, or with method "" the pretraining of a point's base, or of WORDS."""
+    """One training on a split, or with no split the pretraining of the base `method`, BASE or WORDS."""
 
-    point: str
-    method: str = ""
+    split: str
+    method: str
     rate: float = 0.0
     seed: int = 0
 
     @property
-    def base(self) -> str:
-        """Of BASES, or WORDS."""
-        return self.point.partition("-")[0]
-
-    @property
     def name(self) -> str:
         """Of its line and its folder."""
-        if not self.method:
-            return f"base_{self.base}"
-        return f"{self.point}_{self.method}_{self.rate:g}_{self.seed}"
+        if not self.split:
+            return f"base_{self.method}"
+        return f"{self.split}_{self.method}_{self.rate:g}_{self.seed}"
 
     def config(self, settings: Settings) -> dict[str, Any]:
         """What it was, for the store."""
-        found = {"base": self.base, "bind": list(settings.bind), "smoke": settings.smoke}
-        if self.method:
+        found = dataclasses.asdict(self) | {"bind": list(settings.bind), "smoke": settings.smoke}
+        if self.split:
             method = METHODS[self.method]
-            found |= dataclasses.asdict(self)
             found |= {"file": method.file, "bindings": list(method.bindings)}
         return found
 
@@ -125,8 +117,8 @@ def register(output: pathlib.Path) -> None:
     mtop6_pieces.register(file)
 
 
-def begin(base: str, settings: Settings) -> str:
-    """Writes what a base begins with, and returns the folder: the layers of WORDS, and a random row for each piece.
+def begin(settings: Settings) -> str:
+    """Writes what the base begins with, and returns the folder: the layers of WORDS, and a random row for each piece.
 
     From random weights alone a model of this size does not find out how to copy what it reads; one that learnt it on
     a few hundred generated words does it with the embeddings of any others.
@@ -136,33 +128,33 @@ def begin(base: str, settings: Settings) -> str:
     from modjax import hub
     from tasks import mtop6_pieces
 
-    words, folder = settings.base(WORDS), settings.base(base) + "_begin"
+    known, folder = settings.base(WORDS), settings.base(BASE) + "_begin"
     rows = mtop6_pieces.SIZE + mtop6_pieces.SENTINELS
-    _, params = hub.load_base(words)
-    known = params["token_embedder"]["embedding"]
-    drawn = np.random.default_rng(0).normal(0.0, known.std(), (rows, known.shape[1]))
+    _, params = hub.load_base(known)
+    table = params["token_embedder"]["embedding"]
+    drawn = np.random.default_rng(0).normal(0.0, table.std(), (rows, table.shape[1]))
     params["token_embedder"]["embedding"] = drawn.astype(np.float32)
-    hub.save_base(folder, hub.config_of(words, vocab_size=rows), params)
+    hub.save_base(folder, hub.config_of(known, vocab_size=rows), params)
     return folder
 
 
 def pretrain(base: str, settings: Settings) -> study.Found:
-    """Makes a base; gives `validation`: chrF of its lessons on validation text, by lesson and language."""
+    """Makes a base; gives `validation`: of BASE the chrF of the texts that it restores, by language."""
     if base == WORDS:
         return words.pretrain(WORDS, settings)
     register(settings.output)
-    mixture, folder = f"mtop6_pieces_{BASES[base]}", settings.base(base)
-    macros = {"MIXTURE_OR_TASK_NAME": mixture, "MODEL_DIR": folder + "_training"}
-    macros |= {"BASE": begin(base, settings), "EXPORT_DIR": folder}
+    folder = settings.base(BASE)
+    macros = {"MIXTURE_OR_TASK_NAME": "mtop6_pieces_pretrain", "MODEL_DIR": folder + "_training"}
+    macros |= {"BASE": begin(settings), "EXPORT_DIR": folder}
     files = ("bases/folder.gin", "methods/full.gin")
     found = trainings.train((*files, str(HERE / "pretrain.gin")), macros, (), settings)
-    macros = {"MIXTURE_OR_TASK_NAME": mixture, "BASE": folder, "CHECKPOINT_PATH": None}
+    # The other lessons' targets are not their texts, which scores are computed from.
+    asked = [f"mtop6_pieces_restore_{language}" for language in languages()]
+    macros = {"MIXTURE_OR_TASK_NAME": asked, "BASE": folder, "CHECKPOINT_PATH": None}
     macros["EVAL_OUTPUT_DIR"] = folder + "_eval"
     evaluation = (*files, str(HERE / "eval.gin"))
     rows = trainings.score(evaluation, macros, settings, "validation", EXAMPLES["lesson"])
-    return found | {
-        "validation": {f"{row['task']} {row['language']}": round(row["value"], 2) for row in rows}
-    }
+    return found | {"validation": {row["language"]: round(row["value"], 2) for row in rows}}
 
 
 def adapt(cell: Cell, settings: Settings) -> study.Found:
@@ -174,16 +166,15 @@ def adapt(cell: Cell, settings: Settings) -> study.Found:
     """
     register(settings.output)
     method, folder = METHODS[cell.method], settings.output / "mtop6" / cell.name
-    split = cell.point.partition("-")[2]
-    mixture = f"mtop6_pieces_{SPLITS[split]}"
-    macros = {"MIXTURE_OR_TASK_NAME": mixture, "BASE": settings.base(cell.base)}
+    mixture, base = f"mtop6_pieces_{SPLITS[cell.split]}", settings.base(BASE)
+    macros = {"MIXTURE_OR_TASK_NAME": mixture, "BASE": base}
     macros |= {"MODEL_DIR": str(folder), "RANDOM_SEED": cell.seed, "LEARNING_RATE": cell.rate}
     files = ("bases/folder.gin", f"methods/{method.file}.gin")
     found = trainings.train((*files, str(HERE / "adapt.gin")), macros, method.bindings, settings)
 
     def scored(name: str, languages: Sequence[str], on: str, **more: Any) -> dict[str, Any]:
         to = {"MIXTURE_OR_TASK_NAME": [f"mtop6_pieces_parse_{language}" for language in languages]}
-        to |= {"EVAL_OUTPUT_DIR": str(folder / name), "BASE": settings.base(cell.base)}
+        to |= {"EVAL_OUTPUT_DIR": str(folder / name), "BASE": base}
         to |= {"CHECKPOINT_PATH": str(folder), **more}
         rows = trainings.score(
             (*files, str(HERE / "eval.gin")), to, settings, on, EXAMPLES[on], method.bindings
@@ -195,7 +186,7 @@ def adapt(cell: Cell, settings: Settings) -> study.Found:
             for metric in METRICS
         }
 
-    found["validation"] = scored("validation", trained(split), "validation")["exact_match"]
+    found["validation"] = scored("validation", trained(cell.split), "validation")["exact_match"]
     found["test"] = scored("test", languages(), "test")
     if method.off:
         where = dict.fromkeys(("seen", "unseen_pair"), ("language",))
@@ -220,7 +211,9 @@ def trained(split: str) -> tuple[str, ...]:
 
 def do(cell: Cell, settings: Settings) -> study.Found:
     """Does a cell, in a process of the pool."""
-    work = functools.partial(adapt, cell) if cell.method else functools.partial(pretrain, cell.base)
+    work = (
+        functools.partial(adapt, cell) if cell.split else functools.partial(pretrain, cell.method)
+    )
     job = functools.partial(work, settings)
     return study.do(cell.name, cell.config(settings), job, settings.output / "logs" / cell.name)
 
@@ -230,27 +223,27 @@ class Plan:
 
     def __init__(
         self,
-        points: Sequence[str],
+        splits: Sequence[str],
         methods: Sequence[str],
         seeds: Sequence[int],
         store: study.Store,
         settings: Settings,
     ):
-        self._points, self._methods, self._seeds = points, methods, seeds
+        self._splits, self._methods, self._seeds = splits, methods, seeds
         self._store, self._settings = store, settings
 
     def found(self, cell: Cell) -> study.Found | None:
         """What a cell gave; None if it is not done."""
         return self._store.get(cell.name, cell.config(self._settings))
 
-    def trials(self, base: str, method: str) -> list[Cell]:
+    def trials(self, method: str) -> list[Cell]:
         """The cells that decide a method's rate."""
-        point = f"{base}-{next(iter(SPLITS))}"
-        return [Cell(point, method, rate, TRIAL_SEED) for rate in METHODS[method].rates]
+        split = next(iter(SPLITS))
+        return [Cell(split, method, rate, TRIAL_SEED) for rate in METHODS[method].rates]
 
-    def rate(self, base: str, method: str) -> float | None:
+    def rate(self, method: str) -> float | None:
         """The rate with the best mean on validation (the smaller one, of equals), once all are known."""
-        trials = self.trials(base, method)
+        trials = self.trials(method)
         found = [self.found(trial) for trial in trials]
         if not all(found):
             return None
@@ -260,27 +253,21 @@ class Plan:
     def chosen(self) -> Iterator[Cell]:
         """The cells that are reported, as far as their rates are known; seed by seed."""
         for seed in self._seeds:
-            for point in self._points:
+            for split in self._splits:
                 for method in self._methods:
-                    rate = self.rate(point.partition("-")[0], method)
+                    rate = self.rate(method)
                     if rate is not None:
-                        yield Cell(point, method, rate, seed)
+                        yield Cell(split, method, rate, seed)
 
     def open(self) -> list[Cell]:
         """The cells that can be begun, in the order in which they should: bases, rates, seeds."""
-        bases = {cell.base: cell for cell in map(Cell, self._points)}
-        if not self._settings.has_base(WORDS):
-            return [Cell(WORDS)]
-        made = {name for name in bases if self._settings.has_base(name)}
-        known = [cell for name, cell in bases.items() if name not in made or not self.found(cell)]
-        trials = [
-            trial
-            for base in bases
-            for method in self._methods
-            for trial in self.trials(base, method)
-        ]
-        adapting = [cell for cell in dict.fromkeys([*trials, *self.chosen()]) if cell.base in made]
-        return known + [cell for cell in adapting if not self.found(cell)]
+        for base in (WORDS, BASE):
+            cell = Cell("", base)
+            if not self._settings.has_base(base) or (base == BASE and not self.found(cell)):
+                return [cell]
+        trials = [trial for method in self._methods for trial in self.trials(method)]
+        cells = dict.fromkeys([*trials, *self.chosen()])
+        return [cell for cell in cells if not self.found(cell)]
 
 
 def rows(plan: Plan) -> list[dict[str, Any]]:
@@ -291,7 +278,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
         found = plan.found(cell)
         if not found:
             continue
-        seen = trained(cell.point.partition("-")[2])
+        seen = trained(cell.split)
         tests = {cell.method: found["test"]}
         if "language_off" in found:
             tests[cell.method + POLICY] = {
@@ -315,7 +302,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
                             value,
                             EXAMPLES["test"],
                             cell.seed,
-                            cell.point,
+                            cell.split,
                             metric,
                         )
                     )
@@ -325,7 +312,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> int:
     parser = trainings.parser(__doc__, TRIAL_SEED, "runs/mtop6")
     parser.add_argument("--data_dir", help="by default the environment variable MODJAX_DATA")
-    parser.add_argument("--points", nargs="+", default=list(POINTS), choices=list(POINTS))
+    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args(argv)
     if args.data_dir:
@@ -335,7 +322,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ[files.VARIABLE] = args.data_dir
 
     def plan(store: study.Store, settings: Settings) -> Plan:
-        return Plan(args.points, args.methods, args.seeds, store, settings)
+        return Plan(args.splits, args.methods, args.seeds, store, settings)
 
     return trainings.sit(args, HERE, plan, do, rows)
 

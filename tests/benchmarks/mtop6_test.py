@@ -24,9 +24,9 @@ def settings(tmp_path):
     return trainings.Settings(tmp_path)
 
 
-def plan(settings, methods=("lora_16", "flix"), points=("text-first",), seeds=(0, 1)):
+def plan(settings, methods=("lora_16", "flix"), splits=("first",), seeds=(0, 1)):
     store = study.Store(settings.output / "cells.jsonl")
-    return run.Plan(points, methods, seeds, store, settings), store
+    return run.Plan(splits, methods, seeds, store, settings), store
 
 
 def done(store, settings, cell, score=50.0, **more):
@@ -35,11 +35,11 @@ def done(store, settings, cell, score=50.0, **more):
     store.add({"name": cell.name, "config": cell.config(settings), **found})
 
 
-def with_base(store, settings, name="text"):
-    for folder in (settings.output / "bases" / base for base in (run.WORDS, name)):
+def with_base(store, settings):
+    for folder in (settings.output / "bases" / base for base in (run.WORDS, run.BASE)):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
-    done(store, settings, run.Cell(f"{name}-first"))
+    done(store, settings, run.Cell("", run.BASE))
 
 
 @pytest.mark.parametrize("name", run.METHODS)
@@ -70,7 +70,7 @@ def test_a_base_begins_with_the_layers_of_words_and_a_row_for_every_piece(settin
     tokens = np.ones((1, 2), np.int32)
     params = t5.Transformer(config).init(jax.random.key(0), tokens, tokens, tokens)["params"]
     hub.save_base(settings.base(run.WORDS), config, params)
-    _, begun = hub.load_base(run.begin("text", settings))
+    _, begun = hub.load_base(run.begin(settings))
     rows = begun["token_embedder"].pop("embedding")
     known = params["token_embedder"].pop("embedding")
     assert rows.shape == (mtop6_pieces.SIZE + mtop6_pieces.SENTINELS, 8)
@@ -90,33 +90,32 @@ def test_an_example_of_every_method_but_the_other_loras_computes_rank_16():
 
 
 def test_the_base_comes_first_and_then_the_rates_of_the_first_split(settings):
-    first, store = plan(settings, methods=("flix",), points=("text-second",))
+    first, store = plan(settings, methods=("flix",), splits=("second",))
     assert [cell.name for cell in first.open()] == ["base_all"]
     with_base(store, settings)
-    assert [(c.point, c.rate, c.seed) for c in first.open()] == [
-        ("text-first", rate, 0) for rate in run.RATES
+    assert [(c.split, c.rate, c.seed) for c in first.open()] == [
+        ("first", rate, 0) for rate in run.RATES
     ]
     for rate, score in zip(run.RATES, (60.0, 40.0), strict=True):
-        done(store, settings, run.Cell("text-first", "flix", rate, 0), score)
-    assert first.open() == [run.Cell("text-second", "flix", run.RATES[0], s) for s in (0, 1)]
+        done(store, settings, run.Cell("first", "flix", rate, 0), score)
+    assert first.open() == [run.Cell("second", "flix", run.RATES[0], s) for s in (0, 1)]
 
 
 def test_the_rate_is_the_best_on_validation_and_the_smaller_of_equals(settings):
     first, store = plan(settings)
     for rate in run.RATES:
-        assert first.rate("text", "lora_16") is None
-        done(store, settings, run.Cell("text-first", "lora_16", rate, 0))
-        done(store, settings, run.Cell("text-first", "flix", rate, 0), 1000 * rate)
-    assert first.rate("text", "lora_16") == run.RATES[0]
-    assert first.rate("text", "flix") == run.RATES[1]
-    assert first.rate("pairs", "flix") is None
+        assert first.rate("lora_16") is None
+        done(store, settings, run.Cell("first", "lora_16", rate, 0))
+        done(store, settings, run.Cell("first", "flix", rate, 0), 1000 * rate)
+    assert first.rate("lora_16") == run.RATES[0]
+    assert first.rate("flix") == run.RATES[1]
 
 
 def test_results_have_the_policy_only_where_parsing_was_not_trained(settings):
     first, store = plan(settings, methods=("flix",), seeds=(0,))
     off = {metric: dict.fromkeys(mtop6.LANGUAGES, 20.0) for metric in run.METRICS}
     for rate in run.RATES:
-        done(store, settings, run.Cell("text-first", "flix", rate, 0), language_off=off)
+        done(store, settings, run.Cell("first", "flix", rate, 0), language_off=off)
     rows = run.rows(first)
     assert len(rows) == 2 * len(run.METRICS) * len(mtop6.LANGUAGES)
     values = {(r["method"], r["language"], r["metric"]): (r["setting"], r["value"]) for r in rows}
@@ -124,7 +123,7 @@ def test_results_have_the_policy_only_where_parsing_was_not_trained(settings):
     assert values["flix" + run.POLICY, "th", "exact_match"] == ("unseen_pair", 20.0)
     assert values["flix" + run.POLICY, "fr", "exact_match"] == ("seen", 50.0)
     results.check([{k: v for k, v in row.items() if k != "point"} for row in rows], "rows")
-    assert {row["point"] for row in rows} == {"text-first"}
+    assert {row["point"] for row in rows} == {"first"}
 
 
 def test_a_second_split_holds_out_other_languages():

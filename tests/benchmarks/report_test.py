@@ -112,7 +112,7 @@ def test_real_data_has_tables_by_language_and_its_questions(folder):
         "flix_shared_language_dropout": 25.0,
     }.items():
         for rate in mtop6_study.RATES:
-            cell = mtop6_study.Cell("pairs-first", name, rate, 0)
+            cell = mtop6_study.Cell("first", name, rate, 0)
             of_language = {
                 "en": value,
                 "de": value + 2,
@@ -127,9 +127,7 @@ def test_real_data_has_tables_by_language_and_its_questions(folder):
             }
             store.add({"name": cell.name, "config": cell.config(SETTINGS), **found})
     text, goals = report.mtop6(folder / "out")
-    assert (
-        "| pairs-first | de | en | fr | (es) | (hi) | (th) | trained | held out | seeds |" in text
-    )
+    assert "| first | de | en | fr | (es) | (hi) | (th) | trained | held out | seeds |" in text
     assert "| flix | 32.0 | 30.0 | 34.0 | 9.0 | 0.0 | 3.0 | 32.0 | 4.0 | 1 |" in text
     values = {goal["name"]: goal["value"] for goal in goals}
     assert values["mtop6: ours over LoRA of the same compute, seen (1 points)"] == 5.0

@@ -117,7 +117,7 @@ def test_sentences_and_questions_split_by_id_alike_in_all_languages(folder):
     seen = {}
     for language in mtop6.LANGUAGES:
         for split in mtop6.SPLITS:
-            for sentence in mtop6.sentences(language, split):
+            for sentence in mtop6._sentences(language, split):
                 assert seen.setdefault(sentence.id, split) == split
     assert set(seen.values()) == set(mtop6.SPLITS)
     for language in mtop6.MLQA_LANGUAGES:
@@ -130,8 +130,8 @@ def test_sentences_and_questions_split_by_id_alike_in_all_languages(folder):
 
 def test_translation_has_both_directions_of_the_sentences_that_both_have(folder):
     thai = mtop6.translate_examples("th", "train")
-    both = [s.id for s in mtop6.sentences("th", "train")]
-    assert len(thai) == 2 * len(both) < 2 * len(mtop6.sentences("en", "train"))
+    both = [s.id for s in mtop6._sentences("th", "train")]
+    assert len(thai) == 2 * len(both) < 2 * len(mtop6._sentences("en", "train"))
     assert all("in th" in (e["inputs"] + e["targets"]) for e in thai)
 
 
@@ -151,7 +151,7 @@ def test_pretraining_text_is_training_text_of_every_source_and_nothing_else(fold
         assert f"dev 700 in {language}" in later and not set(texts) & set(later)
         assert not any("test" in text or "xquad" in text for text in texts + later)
         sentences = [text for text in texts if text.startswith("sentence")]
-        assert len(sentences) == len(mtop6.sentences(language, "train"))
+        assert len(sentences) == len(mtop6._sentences(language, "train"))
         assert any("mlqa" in text for text in texts) == (language in mtop6.MLQA_LANGUAGES)
 
 
@@ -216,7 +216,7 @@ def test_the_real_data_has_the_documented_sizes():
     for language in mtop6.LANGUAGES:
         sizes = [len(mtop6.parse_examples(language, split)) for split in mtop6.SPLITS]
         assert sizes == [700, 159, 1237]
-        assert sum(len(mtop6.sentences(language, split)) for split in mtop6.SPLITS) == 1000
+        assert sum(len(mtop6._sentences(language, split)) for split in mtop6.SPLITS) == 1000
     assert len(mtop6.english_examples("train")) == 15627
 
 
@@ -273,28 +273,6 @@ def test_pieces_have_the_datasets_of_bytes_and_their_lengths_are_fewer(pieces):
         )
         assert shorter["targets_pretokenized"] == longer["targets_pretokenized"]
         assert len(shorter["inputs"]) < len(longer["inputs"])
-
-
-def test_pairs_have_one_meaning_and_are_of_their_split(pieces, folder):
-    examples = mtop6_pieces.pair_examples("hi", "train")
-    utterances = [e for e in examples if e["targets"].startswith("dev")]
-    assert len(utterances) == 5 * mtop6.TRAIN_ENTRIES
-    assert all(e["inputs"].startswith("translate to hi: ") for e in examples)
-    for example in utterances:
-        number = int(example["targets"].split()[1])
-        assert number < mtop6.TRAIN_ENTRIES and f": dev {number} in " in example["inputs"]
-        assert example["targets"] == f"dev {number} in hi"
-    sentences = [e for e in examples if e["targets"].startswith("sentence")]
-    known = {s.text for s in mtop6.sentences("hi", "train")}
-    assert sentences and {e["targets"] for e in sentences} <= known
-
-
-def test_only_a_base_of_pairs_sees_pairs(pieces):
-    def kinds(mixture):
-        return {name.split("_")[2] for name in registry.tasks_of(f"mtop6_pieces_{mixture}")}
-
-    assert kinds("pretrain") == {"fill", "restore", "copy", "quote"}
-    assert kinds("pretrain_pairs") == kinds("pretrain") | {"pair"}
 
 
 def test_every_lesson_has_targets_whatever_the_text(pieces):
