@@ -3,8 +3,8 @@
     pip install -c constraints.txt -e '.[studies]'
     python -m benchmarks.report [--output docs/studies]
 
-reads `zero_shot/cells.jsonl` and `family/cells.jsonl`, and writes plots as SVG and `tables.md`. A part whose cells are
-not there yet is left out, and named. The last line is JSON, one goal for each question that is answered.
+reads `cells.jsonl` of `zero_shot`, `family` and `mtop6`, and writes plots as SVG and `tables.md`. A part whose cells
+are not there yet is left out, and named. The last line is JSON, one goal for each question that is answered.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks import study
 from benchmarks.family import run as family_study
-from benchmarks.words.setting import Settings
+from benchmarks.mtop6 import run as mtop6_study
+from benchmarks.trainings import Settings
 from benchmarks.zero_shot import run as zero_shot_study
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -71,16 +72,17 @@ def _distinct(items: Any) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
-def draw_map(found: Scores, path: pathlib.Path) -> None:
+def draw_map(found: Scores, path: pathlib.Path, settings: Sequence[str] = tuple(SETTINGS)) -> None:
     """Bars of every method at every point, a column for each setting; whiskers are standard errors over seeds."""
     plt = _pyplot()
     points = _distinct(point for point, _, _ in found)
     methods = _distinct(method for _, method, _ in found)
     figure, axes = plt.subplots(
-        len(points), len(SETTINGS), squeeze=False, sharex=True, sharey=True,
+        len(points), len(settings), squeeze=False, sharex=True, sharey=True,
         figsize=(11, 0.6 + len(points) * (0.5 + 0.19 * len(methods))), layout="constrained",
     )  # fmt: skip
-    for across, (setting, title) in enumerate(SETTINGS.items()):
+    for across, setting in enumerate(settings):
+        title = SETTINGS[setting]
         for down, point in enumerate(points):
             axis = axes[down][across]
             for place, method in enumerate(methods):
@@ -98,7 +100,8 @@ def draw_map(found: Scores, path: pathlib.Path) -> None:
             axis.set_title(f"{title}, {point}", fontsize=9)
             axis.grid(axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()
-    axes[0][0].set_xlim(0, 100)
+    most = max(map(statistics.fmean, found.values()))
+    axes[0][0].set_xlim(0, 100 if most > 50 else 1.2 * most)
     for axis in axes[-1]:
         axis.set_xlabel("exact match, %")
     _save(figure, path)
@@ -386,7 +389,65 @@ def family(output: pathlib.Path) -> Part:
     return "\n\n".join(parts), goals
 
 
-PARTS: Mapping[str, Callable[[pathlib.Path], Part]] = {"zero_shot": zero_shot, "family": family}
+def mtop6(output: pathlib.Path) -> Part:
+    """Real parses by language, and whether what wins on the generated benchmark wins here."""
+    store = study.Store(HERE / "mtop6" / "cells.jsonl")
+    plan = mtop6_study.Plan(
+        list(mtop6_study.SPLITS),
+        list(mtop6_study.METHODS),
+        seeds(store),
+        store,
+        Settings(pathlib.Path()),
+    )
+    rows = mtop6_study.rows(plan)
+    if not rows:
+        return "", []
+    parts = ["## mtop6", "Parses by language; the ones in brackets were not trained."]
+    for metric in mtop6_study.METRICS:
+        of_metric = [row for row in rows if row["metric"] == metric]
+        parts += [f"{metric.replace('_', ' ').capitalize()}:", _by_language(of_metric)]
+    found = scores([row for row in rows if row["metric"] == "exact_match"])
+    structure = scores([row for row in rows if row["metric"] == "structure_match"])
+    draw_map(found, output / "mtop6.svg", ("seen", "unseen_pair"))
+    goals: list[dict[str, Any]] = []
+    ours, loras = "flix_shared_language_dropout", {"lora_4", "lora_16", "lora_64"}
+    for title, setting, one, other in (
+        ("mtop6: FLix over LoRA of the same compute, seen", "seen", "flix", {"lora_16"}),
+        ("mtop6: ours over LoRA of the same compute, seen", "seen", ours, {"lora_16"}),
+        ("mtop6: ours over FLix, held out", "unseen_pair", ours, {"flix"}),
+        ("mtop6: ours over the best LoRA, held out", "unseen_pair", ours, loras),
+    ):
+        goals += _question(found, title, setting, {one}, other)
+        goals += _question(structure, f"{title}, structure", setting, {one}, other)
+    return "\n\n".join(parts), goals
+
+
+def _by_language(rows: Sequence[Row]) -> str:
+    """A block for each point: methods down, languages across, then the means of trained and held out."""
+    blocks = []
+    for point in _distinct(row["point"] for row in rows):
+        here = [row for row in rows if row["point"] == point]
+        settings = {row["language"]: row["setting"] for row in here}
+        order = sorted(settings, key=lambda language: (settings[language] != "seen", language))
+        shown = [name if settings[name] == "seen" else f"({name})" for name in order]
+        columns = [point, *shown, "trained", "held out", "seeds"]
+        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        means = scores(here)
+        for method in _distinct(row["method"] for row in here):
+            mine = [row for row in here if row["method"] == method]
+            values = [[row["value"] for row in mine if row["language"] == name] for name in order]
+            values += [means[point, method, setting] for setting in ("seen", "unseen_pair")]
+            count = len(values[0])
+            lines.append(f"| {method} | " + " | ".join(map(study.mean, values)) + f" | {count} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+PARTS: Mapping[str, Callable[[pathlib.Path], Part]] = {
+    "zero_shot": zero_shot,
+    "family": family,
+    "mtop6": mtop6,
+}
 
 
 def main(argv: Sequence[str]) -> int:

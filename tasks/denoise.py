@@ -5,7 +5,7 @@ spans are cut out, a sentinel marks each gap, and the target is each sentinel wi
 one more sentinel where the text goes on after the last gap.
 `restore` cuts in the same way and asks for the whole text (as BART, arXiv 1910.13461): a model that
 does nothing but fill gaps never learns to copy, and parses, tags and answers are mostly copies.
-`letters` asks for a copy of a jumble, which no knowledge of a language helps to write. `quote` asks
+`letters` and `shuffled` ask for a copy of a jumble, which no knowledge of a language helps to write. `quote` asks
 for marked spans of the text and nothing between them: to jump from one to the next, as parses do.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Callable
 import seqio
 import tensorflow as tf
 
-# Of ByteVocabulary: padding, the end mark and the unknown come before the bytes.
-_FIRST_BYTE = 3
+# Padding, the end mark and the unknown come before the bytes of a ByteVocabulary, and before other tokens.
+_SPECIAL = 3
 
 
 def fill(
@@ -49,7 +49,7 @@ def letters(vocabulary: seqio.Vocabulary) -> Callable[[tf.data.Dataset], tf.data
     @seqio.map_over_dataset(num_seeds=1)
     def jumble(example: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
         tokens = tf.cast(example["targets"], tf.int32)
-        byte = tokens - _FIRST_BYTE
+        byte = tokens - _SPECIAL
         begins = tf.logical_or(byte < 0x80, byte >= 0xC0)
         character = tf.maximum(tf.cumsum(tf.cast(begins, tf.int32)) - 1, 0)
         place = tf.random.experimental.stateless_shuffle(tf.range(tf.size(tokens)), tf.stack(seed))
@@ -58,6 +58,33 @@ def letters(vocabulary: seqio.Vocabulary) -> Callable[[tf.data.Dataset], tf.data
         return {**example, "inputs": tf.concat([prompt_ids, targets], axis=0), "targets": targets}
 
     return jumble
+
+
+def shuffled(
+    vocabulary: seqio.Vocabulary, foreign: float = 0.5, most: int = 12
+) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """A preprocessor: `copy: some of the text's tokens in random order, with others among them` to the same.
+
+    Args:
+      vocabulary: its ids from 3 up to the sentinels are what is drawn from, so that every one of them is read and
+        written in time.
+      foreign: the probability that a token is replaced by a drawn one.
+      most: how many there are at most. A model finds out how to copy on short texts, if at all.
+    """
+    prompt_ids = vocabulary.encode("copy:")
+    size = vocabulary.vocab_size - vocabulary.extra_ids
+
+    @seqio.map_over_dataset(num_seeds=3)
+    def shuffle(example: dict[str, tf.Tensor], seeds: tf.Tensor) -> dict[str, tf.Tensor]:
+        order, which, drawn = tf.unstack(seeds)
+        tokens = tf.cast(example["targets"], tf.int32)
+        tokens = tf.random.experimental.stateless_shuffle(tokens, order)[:most]
+        others = tf.random.stateless_uniform(tf.shape(tokens), drawn, _SPECIAL, size, tf.int32)
+        replaced = tf.random.stateless_uniform(tf.shape(tokens), which) < foreign
+        targets = tf.where(replaced, others, tokens)
+        return {**example, "inputs": tf.concat([prompt_ids, targets], axis=0), "targets": targets}
+
+    return shuffle
 
 
 def quote(

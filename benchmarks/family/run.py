@@ -20,9 +20,9 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import study  # noqa: E402
+from benchmarks import study, trainings  # noqa: E402
+from benchmarks.trainings import Settings  # noqa: E402
 from benchmarks.words import setting as words  # noqa: E402
-from benchmarks.words.setting import Settings  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 BASE = "all"
@@ -44,12 +44,14 @@ class Method:
 
     file: str
     bindings: tuple[str, ...] = ()
+    rates: tuple[float, float] = RATES
 
 
 _EVERYWHERE = "ADAPTED_LAYERS = '.*/(query|key|value|out|wi|wi_0|wi_1|wo)'"
 _RANK = "adapters.LowRank.rank = 8"
 _HALVES = "adapters.LowRank.rank = 4"
-_SKILLS = ("SKILLS = 8", "adapters.LowRank.rank = 4")
+# The scale, alpha by rank, is 1 for all low-rank methods.
+_SKILLS = ("SKILLS = 8", "adapters.LowRank.rank = 4", "adapters.LowRank.alpha = 4.0")
 _ADAMIX_LORA = (
     "MODULES = 4",
     "adapters.LowRank.rank = 8",
@@ -62,6 +64,7 @@ METHODS = {
     "lora": Method("lora", (_RANK,)),
     "lora_per_dataset": Method("lora_per_dataset", (_RANK,)),
     "flix": Method("flix", (_HALVES,)),
+    "flix_adamix": Method("flix", (_HALVES, "adapters.Features.copies = 4", "CONSISTENCY = 1.0")),
     "polytropon": Method("polytropon", _SKILLS),
     "polytropon_by_task": Method("polytropon", (*_SKILLS, "adapters.Skills.by = 'task'")),
     "poly_s": Method("poly_s", _SKILLS),
@@ -75,7 +78,7 @@ METHODS = {
         "pfeiffer", ("adapters.Bottleneck.size = 16", "ROUTER = @adapters.Features()")
     ),
     "ia3": Method("ia3"),
-    "full": Method("full"),
+    "full": Method("full", rates=(0.001, 0.003)),
 }
 
 
@@ -88,10 +91,12 @@ class Way:
 
 
 _COLLAPSE = "initialize.Start.collapse = True"
-WAYS = {name: Way(method, name) for name, method in METHODS.items() if name != "full"}
+# A dataset's own LoRA begins at zero, as lora_from_base does.
+_NO_WAY = ("full", "lora_per_dataset")
+WAYS = {name: Way(method, name) for name, method in METHODS.items() if name not in _NO_WAY}
 WAYS |= {
     "mu": Way(Method("lora", (_HALVES, _COLLAPSE)), "poly_s"),
-    "z": Way(Method("poly_z", ("SKILLS = 8",)), "poly_s"),
+    "z": Way(Method("poly_z", _SKILLS), "poly_s"),
     "lora_from_base": Way(METHODS["lora"], None),
     "full_from_base": Way(METHODS["full"], None),
 }
@@ -167,7 +172,7 @@ def few(cell: Cell, source: Cell | None, settings: Settings) -> study.Found:
         "fewshot.Protocol.seeds": (cell.seed,),
     }
     files = ("bases/folder.gin", f"methods/{cell.method.file}.gin", str(HERE / "few.gin"))
-    bindings = [*words.bound(macros), *cell.method.bindings, *settings.bind]
+    bindings = [*trainings.bound(macros), *cell.method.bindings, *settings.bind]
     if settings.smoke:
         bindings += ["TRAIN_STEPS = 2", "fewshot.Protocol.validation_examples = 2"]
     cells.configure("fewshot", files, bindings)
@@ -227,7 +232,8 @@ class Plan:
 
     def rate(self, cell: Cell) -> float | None:
         """The best rate for what a cell is of, whatever its own rate and seed; None until all are known."""
-        trials = [dataclasses.replace(cell, rate=rate, seed=TRIAL_SEED) for rate in RATES]
+        rates = cell.method.rates
+        trials = [dataclasses.replace(cell, rate=rate, seed=TRIAL_SEED) for rate in rates]
         found = [self.found(trial) for trial in trials]
         if not all(found):
             return None
@@ -236,7 +242,7 @@ class Plan:
             best = [max(curve.values()) for curve in scores]
         else:
             best = [sum(by_dataset.values()) for by_dataset in scores]
-        return RATES[best.index(max(best))]
+        return rates[best.index(max(best))]
 
     def source(self, cell: Cell) -> Cell | None:
         """The cell whose checkpoint a way starts from; None for the base, or while the rate is not known."""
@@ -270,7 +276,11 @@ class Plan:
 
     def open(self) -> list[tuple[Cell, Cell | None]]:
         """(cell, its source) of what can be begun, in the order in which it should."""
-        trials = (dataclasses.replace(kind, rate=rate) for kind in self.kinds() for rate in RATES)
+        trials = (
+            dataclasses.replace(kind, rate=rate)
+            for kind in self.kinds()
+            for rate in kind.method.rates
+        )
         cells = [cell for cell in dict.fromkeys([*trials, *self.chosen()]) if not self.found(cell)]
         # The store may be kept where checkpoints are not: what is started from is then trained again.
         sources = dict.fromkeys(self.source(cell) for cell in cells if cell.shots)
@@ -300,12 +310,12 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
         n = 100 if cell.shots else words.EXAMPLES["test"]
         for name, value in (found or {"test": {}})["test"].items():
             setting = "unseen_task" if name.startswith("qa ") else settings[name]
-            out.append(words.row(cell.name_of, name, setting, value, n, cell.seed, point))
+            out.append(trainings.row(cell.name_of, name, setting, value, n, cell.seed, point))
     return out
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = words.parser(__doc__, TRIAL_SEED)
+    parser = trainings.parser(__doc__, TRIAL_SEED, "runs/words")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     args = parser.parse_args(argv)
@@ -315,7 +325,7 @@ def main(argv: Sequence[str]) -> int:
             words.pretrain(BASE, settings)
         return Plan(args.methods, args.ways, args.seeds, store, settings)
 
-    return words.sit(args, HERE, plan, do, rows)
+    return trainings.sit(args, HERE, plan, do, rows)
 
 
 if __name__ == "__main__":

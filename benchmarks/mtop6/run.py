@@ -1,275 +1,330 @@
-"""mtop6 from the data to the report: a base is pretrained, then methods adapt it, with three seeds each.
+"""mtop6: every method on real parses, tags, translations and questions in six languages, and its zero-shot parses.
 
-    python benchmarks/mtop6/run.py --data_dir /data [--output runs/mtop6] [--methods lora flix] [--seeds 0 1 2]
+    python benchmarks/mtop6/run.py --data_dir /data [--splits first] [--methods lora_16 flix] [--minutes 60]
 
-README.md beside this file says what data it needs and how to read the results. What is done is not done again: the same
-command continues where the last one was stopped, and `--methods` and `--seeds` may be added to.
-
-Every step is a process of its own. On a CPU a model this small keeps one core busy and no more, so the pretraining
-divides its batch over `--parallel` devices, one for each core, and as many runs of adapters go on at once, each on a
-core of its own.
+README.md beside this file says what data it needs and how to read the results. A cell is one training of a method, or
+the pretraining of a base; what has a line in `cells.jsonl` is not done again (see `benchmarks.study`). Every method has
+as many rates to choose from, with seed 0, on the first split, by the exact matches of the validation parses of trained
+languages: nothing held out decides.
 """
 
-import argparse
+import dataclasses
 import functools
-import json
 import os
 import pathlib
-import queue
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent import futures
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cells import configure, cores  # noqa: E402
+from benchmarks import study, trainings  # noqa: E402
+from benchmarks.trainings import Settings  # noqa: E402
+from benchmarks.words import setting as words  # noqa: E402
 
-HERE = "benchmarks/mtop6"
-# What pretraining goes on from: the generated benchmark's base can copy, and has seen no real text.
-START = "tasks/assets/babel_base"
-SMOKE = {
-    "pretrain": ["TRAIN_STEPS = 4", "WARMUP = 1"],
-    "adapt": ["TRAIN_STEPS = 4"],
-    "eval": ["MAX_EXAMPLES = 4"],
-}
+HERE = pathlib.Path(__file__).resolve().parent
+# The base of the generated benchmark (see benchmarks/words) that ours begins with.
+WORDS = "all"
+BASE = "text"
+# The training mixture of a split of the parsing languages.
+SPLITS = {"first": "train", "second": "train_second"}
+TRIAL_SEED = 0
+RATES = (0.002, 0.005)
+# Of each language: all validation parses, so many test parses, and texts of a base's validation.
+EXAMPLES = {"validation": 159, "test": 400, "lesson": 60}
+METRICS = ("exact_match", "inexact_match", "structure_match", "malformed")
+# The method's name in results where a pair that was never trained does without its language.
+POLICY = "_off"
 
 
-# An example of FLix has two modules, its task's and its language's, so both methods compute as much. README.md says how
-# the rates were chosen.
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A gin file of methods/, what is set beside it, and whether it is also asked with its language off."""
+
+    file: str
+    bindings: tuple[str, ...] = ()
+    off: bool = False
+    rates: tuple[float, ...] = RATES
+
+
+def _rank(rank: Any) -> str:
+    return f"adapters.LowRank.rank = {rank!r}"
+
+
+_EVERYWHERE = "ADAPTED_LAYERS = '.*/(query|key|value|out|wi|wi_0|wi_1|wo)'"
+_SKILLS = ("SKILLS = 8", _rank(16), "adapters.LowRank.alpha = 16.0")
+_LANGUAGE_DROPOUT = "FEATURE_DROPOUT = {'language': 0.5}"
+_SHARED = (
+    _rank({"task": 8, "language": 4, "shared": 4}),
+    "adapters.Features.shared = True",
+    _LANGUAGE_DROPOUT,
+)
+# An example computes rank 16 at every layer, but for LoRA's other two.
 METHODS = {
-    "lora": ("adapters.LowRank.rank = 16", "LEARNING_RATE = 0.01"),
-    "flix": ("adapters.LowRank.rank = 8", "LEARNING_RATE = 0.005"),
+    "lora_4": Method("lora", (_rank(4),)),
+    "lora_16": Method("lora", (_rank(16),)),
+    "lora_64": Method("lora", (_rank(64),)),
+    "monolingual": Method("flix", (_rank(16), "adapters.Features.features = ('language',)")),
+    "task_only": Method("flix", (_rank(16), "adapters.Features.features = ('task',)")),
+    "flix": Method("flix", (_rank(8),), off=True),
+    "flix_shared_language_dropout": Method("flix", _SHARED, off=True),
+    "polytropon": Method("polytropon", _SKILLS),
+    "poly_s": Method("poly_s", _SKILLS),
+    "adamix_lora": Method(
+        "adamix_lora", ("MODULES = 4", _rank(16), "adapters.LowRank.alpha = 16.0", _EVERYWHERE)
+    ),
+    "full": Method("full", rates=(0.001, 0.003)),
 }
 
 
-def pretrain(base: pathlib.Path, bindings: Sequence[str]) -> None:
-    """Trains the base, on from `START`, and writes its weights to the folder `base`."""
-    import gin
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training on a split, or with no split the pretraining of the base `method`, BASE or WORDS."""
 
-    import train
+    split: str
+    method: str
+    rate: float = 0.0
+    seed: int = 0
 
-    files = ("bases/folder.gin", "methods/full.gin", f"{HERE}/pretrain.gin")
-    places = (
-        f"BASE = {str(ROOT / START)!r}",
-        f"MODEL_DIR = {str(base) + '_training'!r}",
-        f"EXPORT_DIR = {str(base)!r}",
-    )
-    configure("train", files, (*places, *bindings))
-    gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
+    @property
+    def name(self) -> str:
+        """Of its line and its folder."""
+        if not self.split:
+            return f"base_{self.method}"
+        return f"{self.split}_{self.method}_{self.rate:g}_{self.seed}"
 
-
-def adapt(
-    method: str, seed: int, base: pathlib.Path, model_dir: pathlib.Path, bindings: Sequence[str]
-) -> None:
-    """Trains a method's adapters on the base."""
-    import gin
-
-    import train
-
-    files = ("bases/folder.gin", f"methods/{method}.gin", f"{HERE}/adapt.gin")
-    places = (f"BASE = {str(base)!r}", f"MODEL_DIR = {str(model_dir)!r}", f"RANDOM_SEED = {seed}")
-    configure("train", files, (*places, *METHODS.get(method, ()), *bindings))
-    gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
+    def config(self, settings: Settings) -> dict[str, Any]:
+        """What it was, for the store."""
+        found = dataclasses.asdict(self) | {"bind": list(settings.bind), "smoke": settings.smoke}
+        if self.split:
+            method = METHODS[self.method]
+            found |= {"file": method.file, "bindings": list(method.bindings)}
+        return found
 
 
-def evaluate(
-    method: str, base: pathlib.Path, model_dir: pathlib.Path, bindings: Sequence[str]
-) -> None:
-    """Scores trained adapters; predictions and results are written below `model_dir`."""
-    import gin
+@functools.cache
+def register(output: pathlib.Path) -> None:
+    """Makes the vocabulary, if it is not there, and registers the datasets in its pieces."""
+    from tasks import mtop6_pieces
 
-    import eval as evaluation
-
-    files = ("bases/folder.gin", f"methods/{method}.gin", f"{HERE}/eval.gin")
-    places = (
-        f"BASE = {str(base)!r}",
-        f"CHECKPOINT_PATH = {str(model_dir)!r}",
-        f"EVAL_OUTPUT_DIR = {str(model_dir / 'eval')!r}",
-        "eval.evaluate.write_report = False",
-    )
-    configure("eval", files, (*places, *METHODS.get(method, ())[:1], *bindings))
-    gin.get_configurable(evaluation.evaluate)(operative_config=gin.operative_config_str)
+    file, partial = output / "spiece.model", output / f"spiece.{os.getpid()}"
+    if not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        # Every process of a study writes it, the same, and none may read half of it.
+        mtop6_pieces.write_vocabulary(partial)
+        os.replace(partial, file)
+    mtop6_pieces.register(file)
 
 
-class Ledger:
-    """The steps that are done and the seconds each took, in a file, so that none is repeated.
+def begin(settings: Settings) -> str:
+    """Writes what the base begins with, and returns the folder: the layers of WORDS, and a random row for each piece.
 
-    A step that was interrupted and continued counts with its last part only.
+    From random weights alone a model of this size does not find out how to copy what it reads; one that learnt it on
+    a few hundred generated words does it with the embeddings of any others.
     """
+    import numpy as np
 
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-        self._lock = threading.Lock()
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    from modjax import hub
+    from tasks import mtop6_pieces
 
-    def do(self, name: str, step: Callable[[], None]) -> None:
-        """Does a step unless it is done, and notes it. Several threads may do different steps."""
-        if name in self.seconds:
-            print(f"{name}: done before", flush=True)
-            return
-        print(f"{name}: begins", flush=True)
-        start = time.monotonic()
-        step()
-        seconds = round(time.monotonic() - start, 1)
-        with self._lock:
-            self.seconds[name] = seconds
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.seconds, indent=1) + "\n")
-            os.replace(partial, self._path)
-        print(f"{name}: took {seconds:.0f} s", flush=True)
+    known, folder = settings.base(WORDS), settings.base(BASE) + "_begin"
+    rows = mtop6_pieces.SIZE + mtop6_pieces.SENTINELS
+    _, params = hub.load_base(known)
+    table = params["token_embedder"]["embedding"]
+    drawn = np.random.default_rng(0).normal(0.0, table.std(), (rows, table.shape[1]))
+    params["token_embedder"]["embedding"] = drawn.astype(np.float32)
+    hub.save_base(folder, hub.config_of(known, vocab_size=rows), params)
+    return folder
 
 
-class Workers:
-    """Runs this script's steps as processes that write to files of `logs`; ends them when it is closed.
+def pretrain(base: str, settings: Settings) -> study.Found:
+    """Makes a base; gives `validation`: of BASE the chrF of the texts that it restores, by language."""
+    if base == WORDS:
+        return words.pretrain(WORDS, settings)
+    register(settings.output)
+    folder = settings.base(BASE)
+    macros = {"MIXTURE_OR_TASK_NAME": "mtop6_pieces_pretrain", "MODEL_DIR": folder + "_training"}
+    macros |= {"BASE": begin(settings), "EXPORT_DIR": folder}
+    files = ("bases/folder.gin", "methods/full.gin")
+    found = trainings.train((*files, str(HERE / "pretrain.gin")), macros, (), settings)
+    # The other lessons' targets are not their texts, which scores are computed from.
+    asked = [f"mtop6_pieces_restore_{language}" for language in languages()]
+    macros = {"MIXTURE_OR_TASK_NAME": asked, "BASE": folder, "CHECKPOINT_PATH": None}
+    macros["EVAL_OUTPUT_DIR"] = folder + "_eval"
+    evaluation = (*files, str(HERE / "eval.gin"))
+    rows = trainings.score(evaluation, macros, settings, "validation", EXAMPLES["lesson"])
+    return found | {"validation": {row["language"]: round(row["value"], 2) for row in rows}}
 
-    Args:
-      argv: the command line that the steps share.
-      logs: a folder.
-      count: how many there may be at once.
-      script: is run with `argv` and `--only=STEP`.
+
+def adapt(cell: Cell, settings: Settings) -> study.Found:
+    """Trains a method and scores its parses.
+
+    Returns:
+      What `trainings.train` gives; `validation`, exact match by trained language; `test`, and for FLix `language_off`
+      (every language's parses without what belongs to it), by metric and language.
     """
+    register(settings.output)
+    method, folder = METHODS[cell.method], settings.output / "mtop6" / cell.name
+    mixture, base = f"mtop6_pieces_{SPLITS[cell.split]}", settings.base(BASE)
+    macros = {"MIXTURE_OR_TASK_NAME": mixture, "BASE": base}
+    macros |= {"MODEL_DIR": str(folder), "RANDOM_SEED": cell.seed, "LEARNING_RATE": cell.rate}
+    files = ("bases/folder.gin", f"methods/{method.file}.gin")
+    found = trainings.train((*files, str(HERE / "adapt.gin")), macros, method.bindings, settings)
 
-    def __init__(self, argv: Sequence[str], logs: pathlib.Path, count: int, script: str = __file__):
-        self._command, self._logs = (sys.executable, script, *argv), logs
-        self._running: set[subprocess.Popen] = set()
-        self._cores: queue.Queue[int | None] = queue.Queue()
-        for core in cores(count):
-            self._cores.put(core)
+    def scored(name: str, languages: Sequence[str], on: str, **more: Any) -> dict[str, Any]:
+        to = {"MIXTURE_OR_TASK_NAME": [f"mtop6_pieces_parse_{language}" for language in languages]}
+        to |= {"EVAL_OUTPUT_DIR": str(folder / name), "BASE": base}
+        to |= {"CHECKPOINT_PATH": str(folder), **more}
+        rows = trainings.score(
+            (*files, str(HERE / "eval.gin")), to, settings, on, EXAMPLES[on], method.bindings
+        )
+        return {
+            metric: {
+                row["language"]: round(row["value"], 2) for row in rows if row["metric"] == metric
+            }
+            for metric in METRICS
+        }
 
-    def run(self, step: str, alone: bool = False) -> None:
-        """Does one step in a process, on a core of its own, or `alone` with a device for each core.
+    found["validation"] = scored("validation", trained(cell.split), "validation")["exact_match"]
+    found["test"] = scored("test", languages(), "test")
+    if method.off:
+        where = dict.fromkeys(("seen", "unseen_pair"), ("language",))
+        off = {"eval.evaluate.switch_off": where}
+        found["language_off"] = scored("language_off", languages(), "test", **off)
+    return found
 
-        Raises:
-          RuntimeError: it failed; with the end of what it wrote.
-        """
-        environment = dict(os.environ)
-        core = None if alone else self._cores.get()
-        if alone:
-            flags = environment.get("XLA_FLAGS", "")
-            count = self._cores.qsize()
-            environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
-        pin = () if core is None else (f"--core={core}",)
-        path = self._logs / f"{step}.log"
-        try:
-            with path.open("a") as log:
-                process = subprocess.Popen(
-                    [*self._command, f"--only={step}", *pin],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                )
-                self._running.add(process)
-                status = process.wait()
-                self._running.discard(process)
-        finally:
-            if not alone:
-                self._cores.put(core)
-        if status:
-            end = "\n".join(path.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(f"{step} ended with status {status}; the end of {path}:\n{end}")
 
-    def close(self) -> None:
-        """Ends what still runs; training saves where it is."""
-        for process in list(self._running):
-            process.terminate()
+def languages() -> tuple[str, ...]:
+    """All of them."""
+    from tasks import mtop6
+
+    return mtop6.LANGUAGES
+
+
+def trained(split: str) -> tuple[str, ...]:
+    """The languages whose parses a split of SPLITS trains."""
+    from tasks import mtop6
+
+    return {"first": mtop6.PARSE_TRAINED, "second": mtop6.PARSE_TRAINED_SECOND}[split]
+
+
+def do(cell: Cell, settings: Settings) -> study.Found:
+    """Does a cell, in a process of the pool."""
+    work = (
+        functools.partial(adapt, cell) if cell.split else functools.partial(pretrain, cell.method)
+    )
+    job = functools.partial(work, settings)
+    return study.do(cell.name, cell.config(settings), job, settings.output / "logs" / cell.name)
+
+
+class Plan:
+    """Which cells there are, and which can be begun."""
+
+    def __init__(
+        self,
+        splits: Sequence[str],
+        methods: Sequence[str],
+        seeds: Sequence[int],
+        store: study.Store,
+        settings: Settings,
+    ):
+        self._splits, self._methods, self._seeds = splits, methods, seeds
+        self._store, self._settings = store, settings
+
+    def found(self, cell: Cell) -> study.Found | None:
+        """What a cell gave; None if it is not done."""
+        return self._store.get(cell.name, cell.config(self._settings))
+
+    def trials(self, method: str) -> list[Cell]:
+        """The cells that decide a method's rate."""
+        split = next(iter(SPLITS))
+        return [Cell(split, method, rate, TRIAL_SEED) for rate in METHODS[method].rates]
+
+    def rate(self, method: str) -> float | None:
+        """The rate with the best mean on validation (the smaller one, of equals), once all are known."""
+        trials = self.trials(method)
+        found = [self.found(trial) for trial in trials]
+        if not all(found):
+            return None
+        scores = [sum(f["validation"].values()) for f in found if f]
+        return trials[scores.index(max(scores))].rate
+
+    def chosen(self) -> Iterator[Cell]:
+        """The cells that are reported, as far as their rates are known; seed by seed."""
+        for seed in self._seeds:
+            for split in self._splits:
+                for method in self._methods:
+                    rate = self.rate(method)
+                    if rate is not None:
+                        yield Cell(split, method, rate, seed)
+
+    def open(self) -> list[Cell]:
+        """The cells that can be begun, in the order in which they should: bases, rates, seeds."""
+        for base in (WORDS, BASE):
+            cell = Cell("", base)
+            if not self._settings.has_base(base) or (base == BASE and not self.found(cell)):
+                return [cell]
+        trials = [trial for method in self._methods for trial in self.trials(method)]
+        cells = dict.fromkeys([*trials, *self.chosen()])
+        return [cell for cell in cells if not self.found(cell)]
+
+
+def rows(plan: Plan) -> list[dict[str, Any]]:
+    """Of results.json: the tests of the chosen cells; a method that does without the language where parsing was not
+    trained in it is a method of its own."""
+    out = []
+    for cell in plan.chosen():
+        found = plan.found(cell)
+        if not found:
+            continue
+        seen = trained(cell.split)
+        tests = {cell.method: found["test"]}
+        if "language_off" in found:
+            tests[cell.method + POLICY] = {
+                metric: {
+                    language: (values if language in seen else found["language_off"][metric])[
+                        language
+                    ]
+                    for language in values
+                }
+                for metric, values in found["test"].items()
+            }
+        for method, test in tests.items():
+            for metric, values in test.items():
+                for language, value in values.items():
+                    setting = "seen" if language in seen else "unseen_pair"
+                    out.append(
+                        trainings.row(
+                            method,
+                            f"parse {language}",
+                            setting,
+                            value,
+                            EXAMPLES["test"],
+                            cell.seed,
+                            cell.split,
+                            metric,
+                        )
+                    )
+    return out
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = trainings.parser(__doc__, TRIAL_SEED, "runs/mtop6")
     parser.add_argument("--data_dir", help="by default the environment variable MODJAX_DATA")
-    parser.add_argument("--output", default="runs/mtop6", type=pathlib.Path)
-    parser.add_argument("--methods", nargs="+", default=["lora", "flix"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--parallel", type=int, default=2, help="processes at once (default: 2)")
-    parser.add_argument(
-        "--bind", nargs="*", default=[], help="gin bindings of all steps, as 'BATCH_SIZE = 32'"
-    )
-    for step in SMOKE:
-        parser.add_argument(f"--bind_{step}", nargs="*", default=[], help=f"of the step {step}")
-    parser.add_argument("--smoke", action="store_true", help="a few steps, to see that all works")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args(argv)
-    if args.only:
-        do_step(args)
-        return 0
+    if args.data_dir:
+        from tasks import files
 
-    (args.output / "logs").mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(args.output / "seconds.json")
-    workers = Workers(argv, args.output / "logs", args.parallel)
-    runs = [f"{method}_{seed}" for seed in args.seeds for method in args.methods]
+        # Also for the processes of the pool, and whatever gin file they have loaded.
+        os.environ[files.VARIABLE] = args.data_dir
 
-    def one_run(name: str) -> None:
-        for step in (name, f"{name}_eval"):
-            ledger.do(step, functools.partial(workers.run, step))
+    def plan(store: study.Store, settings: Settings) -> Plan:
+        return Plan(args.splits, args.methods, args.seeds, store, settings)
 
-    start = time.monotonic()
-    try:
-        ledger.do("pretrain", lambda: workers.run("pretrain", alone=True))
-        with futures.ThreadPoolExecutor(args.parallel) as pool:
-            pending = [pool.submit(one_run, name) for name in runs]
-            try:
-                for future in futures.as_completed(pending):
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                workers.close()
-                raise
-    finally:
-        workers.close()
-    tell(args, runs, ledger, (time.monotonic() - start) / 60)
-    return 0
-
-
-def do_step(args: argparse.Namespace) -> None:
-    """What a process of `Workers` does."""
-    if args.core is not None:
-        os.sched_setaffinity(0, {args.core})
-
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-    def bindings(step: str) -> list[str]:
-        data = [f"DATA_DIR = {args.data_dir!r}"] if args.data_dir else []
-        small = SMOKE[step] if args.smoke else []
-        return [*data, *small, *args.bind, *getattr(args, f"bind_{step}")]
-
-    base = args.output / "base"
-    if args.only == "pretrain":
-        return pretrain(base, bindings("pretrain"))
-    name = args.only.removesuffix("_eval")
-    method, _, seed = name.rpartition("_")
-    if args.only == name:
-        return adapt(method, int(seed), base, args.output / name, bindings("adapt"))
-    return evaluate(method, base, args.output / name, bindings("eval"))
-
-
-def tell(args: argparse.Namespace, runs: Sequence[str], ledger: Ledger, minutes: float) -> None:
-    """Writes the report of all runs, and prints the parses' scores."""
-    import eval as evaluation
-    from modjax.evaluation import report, results
-
-    rows = evaluation.compare(
-        [str(args.output / name / "eval") for name in runs],
-        str(args.output),
-        "mtop6: parsing in six languages, held out in three",
-        minutes=", ".join(f"{name} {value / 60:.1f}" for name, value in ledger.seconds.items()),
-        note="own splits, contexts cut to a window: not comparable with published scores",
-    )
-    results.write(args.output / "results.json", rows)
-    parses = [row for row in rows if row["task"] == "parse"]
-    print(report.table(parses, ["exact_match", "inexact_match", "structure_match"]))
-    print(
-        "Own splits: not comparable with published scores. 'Unseen pair' is parsing in es, hi and th, which "
-        f"training saw in other tasks only. {minutes:.1f} minutes by the clock.\n"
-        f"wrote {args.output / 'results.json'} and {args.output / 'report.html'}"
-    )
+    return trainings.sit(args, HERE, plan, do, rows)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import study  # noqa: E402
+from benchmarks import study, trainings  # noqa: E402
+from benchmarks.trainings import Settings  # noqa: E402
 from benchmarks.words import setting as words  # noqa: E402
-from benchmarks.words.setting import BASES, EXAMPLES, Settings  # noqa: E402
+from benchmarks.words.setting import BASES, EXAMPLES  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 RATES = (0.004, 0.0065, 0.01)
@@ -227,7 +228,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
             tests[cell.method + POLICY] = found["test"] | off
         for method, test in tests.items():
             out += [
-                words.row(
+                trainings.row(
                     method, name, settings[name], value, EXAMPLES["test"], cell.seed, cell.point
                 )
                 for name, value in test.items()
@@ -236,7 +237,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = words.parser(__doc__, TRIAL_SEED)
+    parser = trainings.parser(__doc__, TRIAL_SEED, "runs/words")
     parser.add_argument("--points", nargs="+", default=list(POINTS), choices=list(POINTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args(argv)
@@ -244,7 +245,7 @@ def main(argv: Sequence[str]) -> int:
     def plan(store: study.Store, settings: Settings) -> Plan:
         return Plan(args.points, args.methods, args.seeds, store, settings)
 
-    return words.sit(args, HERE, plan, do, rows)
+    return trainings.sit(args, HERE, plan, do, rows)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,13 @@ class ActiveModules:
 
         added = {} if adapted is None else split(trained, adapted)[0]
         for (path, name), bank in banks(added, adapted).items() if added else ():
-            modules = adapted.rule_for(path, name).mixture.modules(space)
+            mixture = adapted.rule_for(path, name).mixture
+            modules = mixture.modules(space)
+            if getattr(mixture.router, "copies", 1) > 1:
+                raise ValueError(
+                    f"Optimizer.lazy: {name!r} has Features.copies, and looks up one module for each value. "
+                    "Modules that a step does not use rest with copies anyway: leave LAZY off."
+                )
             for leaf, spec in leaves_at(adapted, path, name).items():
                 if leaf in bank and spec.axis is not None:
                     sizes = [size for _, size in spec.parts]

@@ -57,7 +57,9 @@ def each(value: Any, modules: Sequence[ModuleName], default: Any) -> tuple[Any, 
     if not isinstance(value, tuple):
         return (value,) * len(modules)
     table = dict(value)
-    return tuple(table.get(str(m), table.get(m.group, default)) for m in modules)
+    return tuple(
+        next((table[name] for name in module.names if name in table), default) for module in modules
+    )
 
 
 def check_positive(where: str, value: Any, integer: bool = False, zero: bool = False) -> None:
@@ -75,7 +77,7 @@ def check_groups(where: str, value: Any, modules: Sequence[ModuleName]) -> None:
     """Raises ValueError where a setting names a group that the bank does not have."""
     if not isinstance(value, tuple):
         return
-    known = {str(m) for m in modules} | {m.group for m in modules}
+    known = {name for module in modules for name in module.names}
     for key, _ in value:
         if key not in known:
             raise ValueError(

@@ -64,15 +64,28 @@ class Features(WithoutLogits):
       dropout: in training, the rate at which an active feature is dropped, independently for each example and each of
         its features, and the same in all layers; no rescaling. A rate for all, or `{feature: rate}` with 0 for those
         not named. The paper gives no rate: any value is our choice.
+      copies: M, of every module; with more than one, AdaMix (arXiv 2205.12410) within each feature [ours]. In training
+        a feature uses one copy, drawn anew for each layer and feature and the same for the whole batch; in evaluation
+        each copy weighs 1 / M, so that an example's update is the sum of its features' mean updates. Copies that a
+        step did not draw do not move in it. Feature dropout is then drawn for each layer, too.
     """
 
     features: tuple[str, ...] | None = None
     shared: bool = False
     dropout: Any = 0.0
+    copies: int = 1
 
     composition: ClassVar[str] = "sum"
-    granularity: ClassVar[str] = "model"
-    lazy: ClassVar[bool] = False
+
+    @property
+    def granularity(self) -> str:
+        """Draws are one for all layers, but for those of copies."""
+        return "model" if self.copies == 1 else "layer"
+
+    @property
+    def lazy(self) -> bool:
+        """Whether modules rest: copies do."""
+        return self.copies > 1
 
     @property
     def routes_by(self) -> tuple[str, ...] | None:
@@ -89,6 +102,10 @@ class Features(WithoutLogits):
         rates = [r for _, r in self.dropout] if isinstance(self.dropout, tuple) else [self.dropout]
         if not all(0.0 <= r <= 1.0 for r in rates):
             raise ValueError(f"Features.dropout must be in [0, 1], got {self.dropout}.")
+        if not isinstance(self.copies, int) or isinstance(self.copies, bool) or self.copies < 1:
+            raise ValueError(
+                f"Features.copies must be an integer of at least 1, got {self.copies!r}."
+            )
 
     def _names(self, space: FeatureSpace | None) -> tuple[str, ...]:
         if space is None:
@@ -116,7 +133,10 @@ class Features(WithoutLogits):
         return space.datasets if name == DATASET else space.values(name)
 
     def modules(self, space: FeatureSpace | None) -> tuple[ModuleName, ...]:
-        """The names of the bank's modules, in order: feature by feature, value by value, then the shared one."""
+        """The names of the bank's modules, in order: feature by feature, value by value, then the shared one.
+
+        Copies are neighbours, and named `task=parse#0`, `task=parse#1`.
+        """
         names = self._names(space)
         assert space is not None
         modules = [ModuleName(n, v) for n in names for v in self._values(space, n)]
@@ -124,6 +144,9 @@ class Features(WithoutLogits):
             modules.append(ModuleName(SHARED))
         if not modules:
             raise ValueError("Router Features: the feature space has no values, so no module.")
+        if self.copies > 1:
+            numbers = range(self.copies)
+            modules = [ModuleName(m.group, m.value, i) for m in modules for i in numbers]
         return tuple(modules)
 
     def _slots(self, space: FeatureSpace) -> list[tuple[str, int | None, int, int]]:
@@ -181,7 +204,28 @@ class Features(WithoutLogits):
         rates = np.array([self._rate(name) for name in names], np.float32)
         if mix.train and rates.any():
             gate = gate * jax.random.bernoulli(make_rng(), 1.0 - rates, gate.shape)
+        if self.copies > 1:
+            index, gate, ranges = self._copied(index, gate, ranges, make_rng if mix.train else None)
         return Routing(index, gate, ranges)
+
+    def _copied(
+        self,
+        index: Array,
+        gate: Array,
+        ranges: tuple[tuple[int, int], ...],
+        make_rng: Callable[[], Array] | None,
+    ) -> tuple[Array, Array, tuple[tuple[int, int], ...]]:
+        """A routing to modules as one to their copies: a drawn one of each slot, or all of them."""
+        count = self.copies
+        ranges = tuple((start * count, stop * count) for start, stop in ranges)
+        first = jnp.where(index >= 0, index * count, -1)
+        if make_rng is not None:
+            drawn = jax.random.randint(make_rng(), index.shape[-1:], 0, count)
+            return jnp.where(index >= 0, first + drawn, -1), gate, ranges
+        every = jnp.where(index[..., None] >= 0, first[..., None] + jnp.arange(count), -1)
+        every = every.reshape(*index.shape[:-1], -1)
+        ranges = tuple(pair for pair in ranges for _ in range(count))
+        return every, jnp.repeat(gate / count, count, axis=-1), ranges
 
     def _rate(self, name: str) -> float:
         if isinstance(self.dropout, tuple):
@@ -222,4 +266,5 @@ class Features(WithoutLogits):
                     )
                 weights[known.index(value)] = 1.0
             parts.append(weights)
-        return np.concatenate([*parts, np.ones(int(self.shared), np.float32)])
+        weights = np.concatenate([*parts, np.ones(int(self.shared), np.float32)])
+        return np.repeat(weights, self.copies) / np.float32(self.copies)

@@ -23,13 +23,21 @@ SHARED = "shared"
 
 @dataclasses.dataclass(frozen=True)
 class ModuleName:
-    """The name of one module of a bank: its group (a feature's name), and its value within the group."""
+    """The name of one module of a bank: its group (a feature's name), its value within the group, and which copy."""
 
     group: str
     value: str = ""
+    copy: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a setting may call it, the most particular first: `task=parse#0`, `task=parse`, `task`."""
+        whole = f"{self.group}={self.value}" if self.value else self.group
+        copy = () if self.copy is None else (f"{whole}#{self.copy}",)
+        return (*copy, whole, self.group)
 
     def __str__(self) -> str:
-        return f"{self.group}={self.value}" if self.value else self.group
+        return self.names[0]
 
 
 @flax.struct.dataclass

@@ -132,6 +132,11 @@ def test_ids_become_places_of_the_used_values(make_encoder, encoder_batch, space
             optimizers.adamw(),
             "modules of 'language' at .*wi/x have sizes 2 and 3",
         ),
+        (
+            (Rule(".*wi", Mixture("x", LowRank(2), Features(copies=2))),),
+            optimizers.adamw(),
+            "'x' has Features.copies",
+        ),
     ],
 )
 def test_what_cannot_be_lazy_is_refused(

@@ -227,3 +227,62 @@ def test_update_rates_follow_the_columns_owners(flix, space, batch):
 def test_join_refuses_a_leaf_that_two_trees_have():
     with pytest.raises(ValueError, match="'x/y' is in two"):
         adapters.join({"x": {"y": 1}}, {"x": {"y": 2}})
+
+
+@pytest.fixture(scope="module")
+def copies(make_t5, space, batch, move_adapters):
+    """(model, parameters) of a FLix with two copies of each module, and of a shared one."""
+    rules = (Rule(LAYERS, Mixture("flix", LowRank(2), Features(shared=True, copies=2))),)
+    model = EncoderDecoderModel(Adapted(make_t5(), rules, space))
+    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+    return model, move_adapters(params)
+
+
+def test_the_copies_of_a_module_are_composed_and_merged_as_their_mean(copies, batch):
+    model, params = copies
+    added, base = adapters.split(params, model.module)
+    mixed = logits(model, params, batch, [1, 2])
+    named = {"task": "parse", "language": "sw"}
+    lora, pairs = adapters.compose(model.module, added, **named)
+    composed = logits(EncoderDecoderModel(lora), adapters.join(base, pairs), batch)
+    np.testing.assert_allclose(composed, mixed, atol=1e-5)
+    merged = adapters.merge(model.module, added, base, **named)
+    plain = EncoderDecoderModel(model.network)
+    np.testing.assert_allclose(logits(plain, merged, batch), mixed, atol=1e-5)
+    assert np.abs(mixed - logits(plain, base, batch)).max() > 0.05
+
+
+def test_a_pass_trains_one_copy_of_each_feature_in_each_layer(copies, batch):
+    model, params = copies
+    batch = batch | {"features": jnp.tile(jnp.array([1, 2], jnp.int32), (3, 1, 1))}
+
+    @jax.jit
+    def gradient(key):
+        def loss(added):
+            joined = adapters.join(base, added)
+            return jnp.sum(model.logits(joined, batch, key) ** 2)
+
+        return jax.grad(loss)(added)
+
+    added, base = adapters.split(params, model.module)
+    drawn = {}
+    for seed in range(4):
+        for path, leaf in flatten_dict(gradient(jax.random.key(seed)), sep="/").items():
+            if path.endswith("/a"):
+                used = np.asarray(leaf).reshape(-1, leaf.shape[-1] // 4, 2, 2).any((0, 3))
+                # parse, sw and the shared module, one copy of each.
+                assert used.sum() == 3 and used.any(-1).sum() == 3, path
+                drawn.setdefault(path, []).append(tuple(used.argmax(-1)[used.any(-1)]))
+    assert len(set(map(tuple, drawn.values()))) > 1, "layers draw apart"
+    assert all(len(set(which)) > 1 for which in drawn.values())
+
+
+def test_copies_that_a_step_did_not_draw_rest(copies):
+    model, params = copies
+    added, _ = adapters.split(params, model.module)
+    parts = adapters.lazy_parts(added, model.module)
+    assert set(parts) == set(flatten_dict(added, sep="/"))
+    assert parts["encoder/layers_0/attention/query/flix/a"].parts[:2] == (
+        ("task=parse#0", 2),
+        ("task=parse#1", 2),
+    )

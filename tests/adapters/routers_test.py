@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.adapters import Features, Mix
+from modjax.adapters import Features, LowRank, Mix
 from modjax.features import FeatureSpace
 
 
@@ -99,3 +99,40 @@ def test_the_weights_of_a_dataset_go_by_names_and_leave_out_what_is_not_said(spa
         router.active(space, {"language": "ye"})
     with pytest.raises(ValueError, match="Unknown feature 'lang'. Did you mean 'language'"):
         router.active(space, {"lang": "yo"})
+
+
+def test_of_several_copies_a_feature_uses_one_in_training_and_all_alike_in_evaluation(space):
+    router = Features(copies=3, shared=True)
+    names = [str(m) for m in router.modules(space)]
+    assert names[:4] == ["task=parse#0", "task=parse#1", "task=parse#2", "task=tag#0"]
+    assert names[-3:] == ["shared#0", "shared#1", "shared#2"] and len(names) == 3 * 6
+    features = jnp.array([[[1, 2]], [[2, 0]], [[1, 3]]], jnp.int32)
+    once = weights(Features(shared=True), Mix(features=features), space)[:, 0]
+    calm = weights(router, Mix(features=features), space)[:, 0].reshape(3, 6, 3)
+    np.testing.assert_allclose(calm, np.repeat(once[..., None] / 3, 3, -1), atol=1e-7)
+
+    drawn = np.stack(
+        [weights(router, Mix(features=features, train=True), space, key)[:, 0] for key in range(60)]
+    ).reshape(60, 3, 6, 3)
+    assert set(np.unique(drawn)) == {0.0, 1.0}
+    np.testing.assert_array_equal(drawn.sum(-1), np.tile(once, (60, 1, 1)))
+    # The whole batch uses the same copy of a feature, and features are drawn apart.
+    copy = drawn.argmax(-1)
+    np.testing.assert_array_equal(copy[:, 0, 0], copy[:, 2, 0])
+    assert (copy[:, 0, 0] != copy[:, 0, 3]).any() and (copy[:, 0, 0] != copy[:, 0, 5]).any()
+    assert all(set(copy[:, 0, slot]) == {0, 1, 2} for slot in (0, 3, 5))
+    # What a dataset is composed of is what evaluation uses.
+    active = router.active(space, {"task": "parse", "language": "sw"})
+    np.testing.assert_allclose(active, calm[0].reshape(-1), atol=1e-7)
+
+
+@pytest.mark.parametrize("copies", [0, True, 1.5])
+def test_an_impossible_number_of_copies_is_refused(copies):
+    with pytest.raises(ValueError, match="Features.copies must be an integer of at least 1"):
+        Features(copies=copies)
+
+
+def test_a_setting_of_a_module_holds_for_its_copies_unless_one_is_named(space):
+    modules = Features(copies=2).modules(space)
+    ranks = LowRank({"task": 2, "task=tag": 3, "task=tag#1": 4, "language": 1}).ranks(modules)
+    assert ranks == (2, 2, 3, 4, 1, 1, 1, 1, 1, 1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import cells, study
+from benchmarks import cells, study, trainings
 from benchmarks.family import run
 from benchmarks.words import setting as words
 
@@ -19,7 +19,7 @@ def gin():
 
 @pytest.fixture
 def settings(tmp_path):
-    return words.Settings(tmp_path)
+    return trainings.Settings(tmp_path)
 
 
 def plan(settings, methods=("poly_s",), ways=("z",), seeds=(0, 1)):

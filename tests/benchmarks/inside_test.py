@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from benchmarks.words import inside
+from benchmarks import inside
 from modjax import adapters
 from modjax.features import FeatureSpace
 

@@ -1,15 +1,14 @@
-"""The six-language benchmark's run: its gin files fit together, and done steps are not repeated."""
+"""The study of real data: what each cell runs, how a rate is chosen, and what is reported."""
 
-import json
-import os
-
+import numpy as np
 import pytest
-import seqio
 
+from benchmarks import cells, study, trainings
 from benchmarks.mtop6 import run
-from modjax import adapters, launch
-from modjax.data import registry
-from tasks import files, mtop6
+from modjax.evaluation import results
+from tasks import mtop6
+
+RUN = [f"{name} = 'some'" for name in ("MIXTURE_OR_TASK_NAME", "BASE", "MODEL_DIR")]
 
 
 @pytest.fixture
@@ -21,172 +20,127 @@ def gin():
 
 
 @pytest.fixture
-def base(tmp_path):
-    """A folder with the configuration of a base, as `bases/folder.gin` reads it."""
+def settings(tmp_path):
+    return trainings.Settings(tmp_path)
+
+
+def plan(settings, methods=("lora_16", "flix"), splits=("first",), seeds=(0, 1)):
+    store = study.Store(settings.output / "cells.jsonl")
+    return run.Plan(splits, methods, seeds, store, settings), store
+
+
+def done(store, settings, cell, score=50.0, **more):
+    test = {metric: dict.fromkeys(mtop6.LANGUAGES, score) for metric in run.METRICS}
+    found = {"validation": {"en": score}, "test": test, **more}
+    store.add({"name": cell.name, "config": cell.config(settings), **found})
+
+
+def with_base(store, settings):
+    for folder in (settings.output / "bases" / base for base in (run.WORDS, run.BASE)):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    done(store, settings, run.Cell("", run.BASE))
+
+
+@pytest.mark.parametrize("name", run.METHODS)
+def test_the_bindings_of_every_method_are_read(name, gin):
+    method = run.METHODS[name]
+    files = ("bases/folder.gin", f"methods/{method.file}.gin", str(run.HERE / "adapt.gin"))
+    cells.configure("train", files, [*RUN, *method.bindings])
+    assert gin.query_parameter("%METHOD")
+
+
+def test_a_base_begins_with_the_layers_of_words_and_a_row_for_every_piece(settings):
+    import jax
+
     from modjax import hub
     from modjax.networks import t5
+    from tasks import mtop6_pieces
 
     config = t5.T5Config(
-        vocab_size=384,
+        vocab_size=20,
         emb_dim=8,
         num_heads=1,
         head_dim=8,
         mlp_dim=8,
         num_encoder_layers=1,
         num_decoder_layers=1,
-        mlp_activations=("gelu", "linear"),
-        dropout_rate=0.0,
+        logits_via_embedding=True,
     )
-    import jax
-    import numpy as np
-
-    tokens, network = np.ones((1, 2), np.int32), t5.Transformer(config)
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens, tokens, tokens))
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["params"])
-    hub.save_base(tmp_path / "base", config, params)
-    return tmp_path / "base"
-
-
-def called(monkeypatch, gin, entry, name):
-    """Replaces an entry point's function by one that keeps what gin would call it with."""
-    calls = []
-    real = gin.get_configurable
-
-    def configurable(function):
-        assert (function.__module__, function.__name__) == (entry, name)
-        bound = gin.get_bindings(real(function))
-        return lambda **kwargs: calls.append({**bound, **kwargs})
-
-    monkeypatch.setattr(gin, "get_configurable", configurable)
-    return calls
+    tokens = np.ones((1, 2), np.int32)
+    params = t5.Transformer(config).init(jax.random.key(0), tokens, tokens, tokens)["params"]
+    hub.save_base(settings.base(run.WORDS), config, params)
+    _, begun = hub.load_base(run.begin(settings))
+    rows = begun["token_embedder"].pop("embedding")
+    known = params["token_embedder"].pop("embedding")
+    assert rows.shape == (mtop6_pieces.SIZE + mtop6_pieces.SENTINELS, 8)
+    assert float(rows.std()) == pytest.approx(float(known.std()), rel=0.05)
+    jax.tree.map(np.testing.assert_array_equal, begun, params)
 
 
-def test_pretraining_trains_all_of_a_base_whose_vocabulary_is_that_of_the_tasks(
-    monkeypatch, gin, tmp_path
-):
-    calls = called(monkeypatch, gin, "train", "train")
-    run.pretrain(tmp_path / "b", ["DATA_DIR = '/data'"])
-    (call,) = calls
-    assert call["model"].adapted is None and call["export_dir"] == str(tmp_path / "b")
-    config = call["model"].network.config
-    for task in registry.tasks_of(call["mixture_or_task_name"]):
-        features = seqio.TaskRegistry.get(task).output_features
-        assert features["targets"].vocabulary.vocab_size <= config.vocab_size
-    assert files.data_dir() == "/data"
+def test_an_example_of_every_method_but_the_other_loras_computes_rank_16():
+    for name, method in run.METHODS.items():
+        ranks = [b for b in method.bindings if b.startswith("adapters.LowRank.rank")]
+        if name in ("lora_4", "lora_64", "full"):
+            continue
+        (binding,) = ranks
+        rank = eval(binding.partition("= ")[2])
+        active = 2 if name == "flix" else 1
+        assert (sum(rank.values()) if isinstance(rank, dict) else rank * active) == 16
 
 
-@pytest.mark.parametrize("method", ["lora", "flix"])
-def test_methods_adapt_the_same_base_with_the_same_compute(monkeypatch, gin, base, method):
-    calls = called(monkeypatch, gin, "train", "train")
-    run.adapt(method, 3, base, base.parent / "m", ["TRAIN_STEPS = 7"])
-    (call,) = calls
-    assert (call["random_seed"], call["train_steps"]) == (3, 7)
-    assert call["mixture_or_task_name"] == "mtop6_train" and call["base"] == str(base)
-    lengths, (inputs, targets, _) = call["task_feature_lengths"], mtop6.limits()
-    assert lengths == {"inputs": inputs + 1, "targets": targets + 1}
-    (rule,) = call["model"].adapted.rules
-    # An example has a task and a language.
-    active = {"lora": 1, "flix": 2}[method]
-    assert isinstance(rule, adapters.Rule) and rule.mixture.module.rank * active == 16
+def test_the_base_comes_first_and_then_the_rates_of_the_first_split(settings):
+    first, store = plan(settings, methods=("flix",), splits=("second",))
+    assert [cell.name for cell in first.open()] == ["base_all"]
+    with_base(store, settings)
+    assert [(c.split, c.rate, c.seed) for c in first.open()] == [
+        ("first", rate, 0) for rate in run.RATES
+    ]
+    for rate, score in zip(run.RATES, (60.0, 40.0), strict=True):
+        done(store, settings, run.Cell("first", "flix", rate, 0), score)
+    assert first.open() == [run.Cell("second", "flix", run.RATES[0], s) for s in (0, 1)]
 
 
-def test_the_evaluation_covers_all_languages_and_is_not_shorter_than_training(
-    monkeypatch, gin, base
-):
-    calls = called(monkeypatch, gin, "eval", "evaluate")
-    run.evaluate("flix", base, base.parent / "m", [])
-    (call,) = calls
-    assert call["mixture_or_task_name"] == "mtop6_parse" and call["split"] == "test"
-    inputs, targets, _ = mtop6.limits()
-    assert call["task_feature_lengths"]["inputs"] > inputs
-    assert call["task_feature_lengths"]["targets"] > targets
-    assert call["checkpoint_path"] == str(base.parent / "m")
+def test_the_rate_is_the_best_on_validation_and_the_smaller_of_equals(settings):
+    first, store = plan(settings)
+    for rate in run.RATES:
+        assert first.rate("lora_16") is None
+        done(store, settings, run.Cell("first", "lora_16", rate, 0))
+        done(store, settings, run.Cell("first", "flix", rate, 0), 1000 * rate)
+    assert first.rate("lora_16") == run.RATES[0]
+    assert first.rate("flix") == run.RATES[1]
 
 
-def test_a_misspelt_binding_of_the_run_is_an_error(gin, tmp_path):
-    with pytest.raises(launch.ConfigError, match="TRAIN_STEP "):
-        run.pretrain(tmp_path / "b", ["TRAIN_STEP = 1"])
+def test_results_have_the_policy_only_where_parsing_was_not_trained(settings):
+    first, store = plan(settings, methods=("flix",), seeds=(0,))
+    off = {metric: dict.fromkeys(mtop6.LANGUAGES, 20.0) for metric in run.METRICS}
+    for rate in run.RATES:
+        done(store, settings, run.Cell("first", "flix", rate, 0), language_off=off)
+    rows = run.rows(first)
+    assert len(rows) == 2 * len(run.METRICS) * len(mtop6.LANGUAGES)
+    values = {(r["method"], r["language"], r["metric"]): (r["setting"], r["value"]) for r in rows}
+    assert values["flix", "th", "exact_match"] == ("unseen_pair", 50.0)
+    assert values["flix" + run.POLICY, "th", "exact_match"] == ("unseen_pair", 20.0)
+    assert values["flix" + run.POLICY, "fr", "exact_match"] == ("seen", 50.0)
+    results.check([{k: v for k, v in row.items() if k != "point"} for row in rows], "rows")
+    assert {row["point"] for row in rows} == {"first"}
 
 
-def test_done_steps_are_not_repeated_and_failed_ones_are(tmp_path):
-    path, done = tmp_path / "seconds.json", []
-
-    def fail():
-        raise RuntimeError("stopped")
-
-    ledger = run.Ledger(path)
-    ledger.do("one", lambda: done.append("one"))
-    with pytest.raises(RuntimeError):
-        ledger.do("two", fail)
-    again = run.Ledger(path)
-    again.do("one", lambda: done.append("one again"))
-    again.do("two", lambda: done.append("two"))
-    assert done == ["one", "two"]
-    assert set(json.loads(path.read_text())) == {"one", "two"}
+def test_a_second_split_holds_out_other_languages():
+    assert set(run.trained("first")) & set(run.trained("second")) == {"en"}
+    held_out = [set(mtop6.LANGUAGES) - set(run.trained(split)) for split in run.SPLITS]
+    assert held_out == [{"es", "hi", "th"}, {"de", "fr", "th"}]
 
 
-@pytest.fixture
-def workers(tmp_path):
-    made = []
+def test_a_vocabulary_is_written_once(settings, monkeypatch):
+    from tasks import mtop6_pieces
 
-    def make(script, count):
-        path = tmp_path / "script.py"
-        path.write_text(script)
-        made.append(run.Workers(["--a"], tmp_path, count, str(path)))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
-def test_a_step_is_a_process_with_the_commands_arguments_and_a_log(workers, tmp_path):
-    work = workers("import sys; print(sys.argv[1:])", 1)
-    work.run("lora_0")
-    work.run("lora_0")
-    assert (tmp_path / "lora_0.log").read_text() == "['--a', '--only=lora_0']\n" * 2
-
-
-def test_a_failing_step_is_an_error_with_the_end_of_its_log_and_gives_its_core_back(workers):
-    work = workers("print('why'); raise SystemExit(3)", 1)
+    written, registered = [], []
+    monkeypatch.setattr(
+        mtop6_pieces, "write_vocabulary", lambda p: (written.append(p), p.write_bytes(b"model"))
+    )
+    monkeypatch.setattr(mtop6_pieces, "register", registered.append)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"lora_0 ended with status 3(.|\n)*why"):
-            work.run("lora_0")
-
-
-def test_a_step_alone_has_a_device_for_each_of_the_cores(workers, tmp_path):
-    workers("import os; print(os.environ['XLA_FLAGS'])", 3).run("pretrain", alone=True)
-    assert "device_count=3" in (tmp_path / "pretrain.log").read_text()
-
-
-def test_processes_get_a_core_each_where_there_are_enough():
-    usable = sorted(os.sched_getaffinity(0))
-    assert run.cores(1) == [None]
-    assert run.cores(len(usable) + 1) == [None] * (len(usable) + 1)
-    if len(usable) > 1:
-        assert run.cores(2) == usable[:2]
-
-
-def test_the_base_comes_before_the_runs_and_each_run_before_its_evaluation(monkeypatch, tmp_path):
-    done, told = [], []
-    monkeypatch.setattr(run.Workers, "run", lambda self, step, alone=False: done.append(step))
-    monkeypatch.setattr(run, "tell", lambda args, runs, ledger, minutes: told.append(runs))
-    command = ["--output", str(tmp_path), "--methods", "lora", "flix", "--seeds", "4"]
-    assert run.main(command) == run.main(command) == 0
-    assert done[0] == "pretrain"
-    assert sorted(done[1:]) == ["flix_4", "flix_4_eval", "lora_4", "lora_4_eval"]
-    assert all(done.index(name) < done.index(f"{name}_eval") for name in ("lora_4", "flix_4"))
-    assert told == [["lora_4", "flix_4"]] * 2
-
-
-def test_a_run_that_fails_ends_the_benchmark(monkeypatch, tmp_path):
-    def work(self, step, alone=False):
-        if step == "lora_0":
-            raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(run.Workers, "run", work)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run.main(
-            ["--output", str(tmp_path), "--methods", "lora", "--seeds", "0", "--parallel", "1"]
-        )
-    assert set(run.Ledger(tmp_path / "seconds.json").seconds) == {"pretrain"}
+        run.register.__wrapped__(settings.output)
+    assert len(written) == 1 and registered == [settings.output / "spiece.model"] * 2
+    assert [path.name for path in settings.output.iterdir()] == ["spiece.model"]

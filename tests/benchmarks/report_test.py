@@ -5,18 +5,18 @@ import pathlib
 
 import pytest
 
-from benchmarks import report, study
+from benchmarks import report, study, trainings
 from benchmarks.family import run as family_study
-from benchmarks.words import setting as words
+from benchmarks.mtop6 import run as mtop6_study
 from benchmarks.zero_shot import run as zero_shot_study
 
-SETTINGS = words.Settings(pathlib.Path())
+SETTINGS = trainings.Settings(pathlib.Path())
 
 METHODS = {"lora": 40.0, "flix": 60.0, "flix_no_dropout": 50.0, "flix_shared": 55.0}
 
 
 def row(method, setting, value, seed=0, language="ta"):
-    return words.row(method, f"parse {language}", setting, value, 50, seed, "all-4")
+    return trainings.row(method, f"parse {language}", setting, value, 50, seed, "all-4")
 
 
 @pytest.fixture
@@ -102,3 +102,34 @@ def test_the_family_has_plots_of_shots_and_of_routing(folder):
     assert values["Poly-S over shared LoRA, few-shot (2 points)"] == 5.0
     plots = {path.name for path in (folder / "out").iterdir()}
     assert plots == {"parameters.svg", "step_time.svg", "routing.svg", "few_shot_task.svg"}
+
+
+def test_real_data_has_tables_by_language_and_its_questions(folder):
+    store = study.Store(folder / "mtop6" / "cells.jsonl")
+    for name, value in {
+        "lora_16": 20.0,
+        "flix": 30.0,
+        "flix_shared_language_dropout": 25.0,
+    }.items():
+        for rate in mtop6_study.RATES:
+            cell = mtop6_study.Cell("first", name, rate, 0)
+            of_language = {
+                "en": value,
+                "de": value + 2,
+                "fr": value + 4,
+                "es": 9.0,
+                "hi": 0.0,
+                "th": 3.0,
+            }
+            found = {
+                "validation": {"en": 1.0},
+                "test": dict.fromkeys(mtop6_study.METRICS, of_language),
+            }
+            store.add({"name": cell.name, "config": cell.config(SETTINGS), **found})
+    text, goals = report.mtop6(folder / "out")
+    assert "| first | de | en | fr | (es) | (hi) | (th) | trained | held out | seeds |" in text
+    assert "| flix | 32.0 | 30.0 | 34.0 | 9.0 | 0.0 | 3.0 | 32.0 | 4.0 | 1 |" in text
+    values = {goal["name"]: goal["value"] for goal in goals}
+    assert values["mtop6: ours over LoRA of the same compute, seen (1 points)"] == 5.0
+    assert values["mtop6: ours over FLix, held out (1 points)"] == 0.0
+    assert "<svg" in (folder / "out" / "mtop6.svg").read_text()

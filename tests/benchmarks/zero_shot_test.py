@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import cells, study
+from benchmarks import cells, study, trainings
 from benchmarks.words import setting as words
 from benchmarks.zero_shot import run
 from modjax.evaluation import results
@@ -33,7 +33,7 @@ def test_the_bindings_of_every_method_are_read(method, gin):
 
 @pytest.fixture
 def settings(tmp_path):
-    return words.Settings(tmp_path)
+    return trainings.Settings(tmp_path)
 
 
 def plan(settings, methods=("lora", "flix"), seeds=(0, 1)):

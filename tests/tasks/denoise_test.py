@@ -98,3 +98,25 @@ def test_share_and_number_of_gaps_are_as_asked(length):
 def test_a_vocabulary_without_spare_ids_is_refused():
     with pytest.raises(ValueError, match="extra_ids"):
         denoise.fill(seqio.ByteVocabulary())
+
+
+def test_shuffled_tokens_are_copied_and_some_of_them_are_others():
+    text = byte_tasks.VOCABULARY.encode(TEXT)
+    lesson = lessons(denoise.shuffled, [TEXT] * 40)
+    foreign = 0
+    for inputs, targets in lesson:
+        assert without_prompt(inputs, "copy:") == targets and len(targets) == 12
+        assert all(3 <= token <= TOP - byte_tasks.VOCABULARY.extra_ids for token in targets)
+        foreign += sum(token not in text for token in targets)
+    # Half of the tokens are drawn, nearly all of them letters that the text lacks.
+    assert 0.35 < foreign / (12 * 40) < 0.6
+    assert len({tuple(targets) for _, targets in lesson}) == 40
+
+
+def test_without_foreign_tokens_shuffled_tokens_are_the_texts():
+    def make(vocabulary):
+        return denoise.shuffled(vocabulary, foreign=0.0, most=200)
+
+    for _, targets in lessons(make, [TEXT] * 3):
+        assert sorted(targets) == sorted(byte_tasks.VOCABULARY.encode(TEXT))
+        assert targets != byte_tasks.VOCABULARY.encode(TEXT)

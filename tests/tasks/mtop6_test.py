@@ -9,7 +9,7 @@ import pytest
 import seqio
 
 from modjax.data import registry
-from tasks import byte_tasks, files, mtop6, xling
+from tasks import byte_tasks, files, mtop6, mtop6_pieces, xling
 
 VALIDATION_ENTRIES, TEST_ENTRIES = 3, 4
 
@@ -218,3 +218,65 @@ def test_the_real_data_has_the_documented_sizes():
         assert sizes == [700, 159, 1237]
         assert sum(len(mtop6._sentences(language, split)) for split in mtop6.SPLITS) == 1000
     assert len(mtop6.english_examples("train")) == 15627
+
+
+def test_the_second_split_trains_parses_of_other_languages():
+    trained = registry.tasks_of("mtop6_train_second")
+    parses = [task.rpartition("_")[2] for task in trained if "parse" in task]
+    assert parses == sorted(mtop6.PARSE_TRAINED_SECOND) == ["en", "es", "hi"]
+    assert set(registry.tasks_of("mtop6_train")) - set(trained) == {
+        "mtop6_parse_de",
+        "mtop6_parse_fr",
+    }
+
+
+@pytest.fixture
+def pieces(folder, tmp_path):
+    """The datasets in pieces of the tiny texts, registered until the test ends."""
+    path = tmp_path / "spiece.model"
+    # So few texts have no more pieces than this.
+    mtop6_pieces.write_vocabulary(path, len(mtop6_pieces.symbols()) + 256 + 60)
+    before = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
+    mtop6_pieces.register(path)
+    yield mtop6_pieces.vocabulary(path)
+    for name in (set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())) - before:
+        registry.remove(name)
+
+
+def test_names_tags_and_prompts_are_one_piece_each(pieces):
+    def spelt(text):
+        return [pieces.tokenizer.IdToPiece(i) for i in pieces.encode(text)]
+
+    parse = "[IN:X [SL:Y dev 1 in en ] ]"
+    found = spelt(parse)
+    assert found[:2] == ["▁[IN:X", "▁[SL:Y"] and found[-2:] == ["▁]", "▁]"]
+    assert pieces.decode(pieces.encode(parse)) == parse
+    assert spelt("NOUN PUNCT") == ["▁NOUN", "▁PUNCT"] and spelt("parse: ")[0] == "▁parse:"
+    # What no text has is written in bytes, and comes back.
+    assert pieces.decode(pieces.encode("Ω")) == "Ω" and len(spelt("Ω")) == 3
+
+
+def test_pieces_have_the_datasets_of_bytes_and_their_lengths_are_fewer(pieces):
+    for mixture in ("train", "train_second", "eval", "parse"):
+        ours = registry.tasks_of(f"mtop6_pieces_{mixture}")
+        assert [name.replace("_pieces", "") for name in ours] == registry.tasks_of(
+            f"mtop6_{mixture}"
+        )
+    for name in ("parse_hi", "tag_th", "qa_en"):
+        shorter, longer = (
+            next(
+                seqio.TaskRegistry.get(f"{prefix}_{name}")
+                .get_dataset(None, "validation", shuffle=False)
+                .as_numpy_iterator()
+            )
+            for prefix in ("mtop6_pieces", "mtop6")
+        )
+        assert shorter["targets_pretokenized"] == longer["targets_pretokenized"]
+        assert len(shorter["inputs"]) < len(longer["inputs"])
+
+
+def test_every_lesson_has_targets_whatever_the_text(pieces):
+    for kind in ("fill", "restore", "copy", "quote"):
+        task = seqio.TaskRegistry.get(f"mtop6_pieces_{kind}_en")
+        rows = list(task.get_dataset(None, "validation", shuffle=False).as_numpy_iterator())
+        assert rows and all(len(row["targets"]) > 1 for row in rows)
