@@ -60,7 +60,7 @@ def with_measure(preprocessors: Sequence[Callable[..., Any]]) -> list[Callable[.
     for step in preprocessors:
         function = step.func if isinstance(step, functools.partial) else step
         if function is seqio.preprocessors.append_eos_after_trim:
-            steps.append(_measure)
+            steps.append(measure)
         steps.append(step)
     return steps
 
@@ -76,16 +76,17 @@ def _too_long(
     return flags
 
 
-def _measure(
+def measure(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, int] | None = None,
     output_features: Mapping[str, seqio.Feature] | None = None,
 ) -> tf.data.Dataset:
+    """A preprocessor: marks what will be longer than its limit, the end mark included, before it is trimmed."""
     extra = {n: int(f.add_eos) for n, f in (output_features or {}).items()}
     return map_plainly(dataset, lambda ex: {**ex, FLAGS: _too_long(ex, sequence_length, extra)})
 
 
-_measure.keeps_every_example = True  # type: ignore[attr-defined]
+measure.keeps_every_example = True  # type: ignore[attr-defined]
 
 
 def carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
@@ -101,27 +102,47 @@ def carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
         output_features: Mapping[str, seqio.Feature] | None = None,
     ) -> tf.data.Dataset:
         def add(ex: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            ex = dict(ex)
-            flags = tf.bitwise.bitwise_or(
-                ex.pop(FLAGS, tf.constant(0, tf.int32)), _too_long(ex, sequence_length, {})
-            )
-            problem = _problem(ex, output_features or {}, allow_empty)
-            text = ex.get("inputs_pretokenized", ex.get("inputs", ""))
-            ok = tf.debugging.Assert(
-                tf.equal(problem, ""), [f"task {name!r}: an example", problem, "It begins:", text]
-            )
-            with tf.control_dependencies([ok]):
-                ex[DATASET_KEY] = tf.reshape(key + flags, [1])
-            for kind in ("inputs", "targets"):
-                limit = (sequence_length or {}).get(kind)
-                if kind in ex and limit is not None:
-                    ex[kind] = ex[kind][:limit]
-            return ex
+            return carried(ex, key, name, allow_empty, sequence_length, output_features)
 
         return map_plainly(dataset, add)
 
     carry_step.keeps_every_example = True  # type: ignore[attr-defined]
+    carry_step.allow_empty = allow_empty  # type: ignore[attr-defined]
     return carry_step
+
+
+def carried(
+    ex: Mapping[str, tf.Tensor],
+    key: int | tf.Tensor,
+    name: str | tf.Tensor,
+    allow_empty: bool,
+    sequence_length: Mapping[str, int] | None,
+    output_features: Mapping[str, seqio.Feature] | None,
+) -> dict[str, tf.Tensor]:
+    """An example with its key, trimmed; reading it is an error that names its task if it is a bad one.
+
+    Args:
+      ex: tokenised.
+      key: of the task, with room for the flags.
+      name: the task's.
+      allow_empty: whether targets may hold nothing but the end mark.
+      sequence_length, output_features: SeqIO's.
+    """
+    ex = dict(ex)
+    flags = tf.bitwise.bitwise_or(
+        ex.pop(FLAGS, tf.constant(0, tf.int32)), _too_long(ex, sequence_length, {})
+    )
+    problem = _problem(ex, output_features or {}, allow_empty)
+    text = ex.get("inputs_pretokenized", ex.get("inputs", ""))
+    where = tf.strings.join(["task '", name, "': an example"])
+    ok = tf.debugging.Assert(tf.equal(problem, ""), [where, problem, "It begins:", text])
+    with tf.control_dependencies([ok]):
+        ex[DATASET_KEY] = tf.reshape(key + flags, [1])
+    for kind in ("inputs", "targets"):
+        limit = (sequence_length or {}).get(kind)
+        if kind in ex and limit is not None:
+            ex[kind] = ex[kind][:limit]
+    return ex
 
 
 def _problem(

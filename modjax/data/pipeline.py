@@ -5,6 +5,7 @@ of features. A batch is a dictionary of int32 arrays `[B, L]` under T5X's names,
 `features [B, S, F]` and `tasks [B, S]`.
 """
 
+import collections
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from modjax.data import registry
+from modjax.data import mixing, registry
 from modjax.data.carry import DATASET_KEY, FLAG_BITS, INPUTS_TOO_LONG, TARGETS_TOO_LONG, map_plainly
 from modjax.data.checks import (
     check_batch_size,
@@ -27,6 +28,7 @@ from modjax.data.converters import (
     EncDecFeatureConverter,
     KeyTable,
     default_max_segments,
+    encode,
 )
 from modjax.data.iterator import Batch, TrainIterator
 from modjax.features import FeatureSpace, Unknown
@@ -110,19 +112,20 @@ def train_iterator(
     convert = converter(pack, max_segments=max_segments, apply_length_check=False)
 
     def make_dataset(stream: int) -> tf.data.Dataset:
-        ds = seqio.get_mixture_or_task(mixture).get_dataset(
-            lengths,
-            split=split,
-            use_cached=use_cached,
-            shuffle=shuffle,
-            seed=seed,
-            shard_info=seqio.ShardInfo(index=stream, num_shards=data_shards),
-            num_epochs=num_epochs,
-            trim_output_features=False,  # the step that adds the key has trimmed
-            # It would freeze the order of the first epoch and put whole datasets into checkpoints.
-            try_in_mem_cache=False,
-        )
-        ds = _only(ds, lengths)
+        order: dict[str, Any] = {"shuffle": shuffle, "seed": seed, "num_epochs": num_epochs}
+        order["shard_info"] = seqio.ShardInfo(index=stream, num_shards=data_shards)
+        ds = None if use_cached else mixing.joint(mixture, lengths, split, **order)
+        if ds is None:
+            ds = seqio.get_mixture_or_task(mixture).get_dataset(
+                lengths,
+                split=split,
+                use_cached=use_cached,
+                trim_output_features=False,  # the step that adds the key has trimmed
+                # It would freeze the order of the first epoch and put whole datasets into checkpoints.
+                try_in_mem_cache=False,
+                **order,
+            )
+            ds = _only(ds, lengths)
         ds = convert(ds, lengths)
         ds = ds.batch(batch_size // data_shards, drop_remainder=num_epochs is None)
         return ds.prefetch(4).with_options(_options())
@@ -187,15 +190,62 @@ def eval_batches(
     if max_examples is not None:
         ds = ds.take(max_examples)
     pairs = converter(pack=False).keeping(ds, lengths).with_options(_options()).prefetch(batch_size)
-    return _eval_batches(pairs, task, table, lengths, batch_size, rows, on_too_long)
+    return _eval_batches(pairs, table, lengths, batch_size, rows, on_too_long)
 
 
-def _eval_batches(pairs, task, table, lengths, batch_size, rows, on_too_long):
-    examples = enumerate(_readable(pairs))
+def eval_batches_of(
+    tasks: Sequence[str],
+    split: str,
+    space: FeatureSpace | None,
+    *,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    converter: type[Carrying] = EncDecFeatureConverter,
+    unknown: Unknown = "none",
+    use_cached: bool = False,
+    max_examples: int | None = None,
+) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+    """`eval_batches` of several tasks; a batch may hold examples of several, and tasks come in any order.
+
+    Tasks of text in memory with the same preprocessors are read by one pipeline (`modjax.data.mixing`).
+
+    Args, yields and raises: as `eval_batches`; `max_examples` is of each task.
+    """
+    check_batch_size(batch_size)
+    lengths = check_lengths(task_feature_lengths)
+    space = space if space is not None else FeatureSpace(())
+    for task in tasks:
+        encode(task, space, unknown)  # the first one that is wrong is named
+    check_splits(list(tasks), split, use_cached=use_cached)
+    for group in [[t] for t in tasks] if use_cached else mixing.groups(tasks, lengths, split):
+        if len(group) == 1:
+            yield from eval_batches(
+                group[0],
+                split,
+                space,
+                task_feature_lengths=lengths,
+                batch_size=batch_size,
+                converter=converter,
+                unknown=unknown,
+                use_cached=use_cached,
+                max_examples=max_examples,
+            )
+            continue
+        table = KeyTable(group, space, unknown)
+        ds = mixing.in_order(group, lengths, split, max_examples)
+        pairs = converter(pack=False).keeping(ds, lengths).with_options(_options())
+        every = range(batch_size)
+        yield from _eval_batches(
+            pairs.prefetch(batch_size), table, lengths, batch_size, every, "count"
+        )
+
+
+def _eval_batches(pairs, table, lengths, batch_size, rows, on_too_long):
+    examples = _numbered(_readable(pairs), table)
     # All processes go over all examples, so that all know where the last batch is.
     while chunk := list(itertools.islice(examples, batch_size)):
         mine = [chunk[row] for row in rows if row < len(chunk)]
-        like, _ = chunk[0][1]
+        _, (like, _) = chunk[0]
         batch = {k: np.zeros((len(rows), *v.shape), v.dtype) for k, v in like.items()}
         for i, (_, (model_features, _)) in enumerate(mine):
             for k, v in model_features.items():
@@ -203,15 +253,24 @@ def _eval_batches(pairs, task, table, lengths, batch_size, rows, on_too_long):
         found = table.rows(batch.pop(DATASET_KEY))
         batch |= {"features": table.features[found], "tasks": table.tasks[found]}
         batch["valid"] = np.arange(len(rows)) < len(mine)
-        readable = [_example(task, index, ex) for index, (_, ex) in mine]
+        readable = [_example(name, index, ex) for (name, index), (_, ex) in mine]
         if on_too_long == "error":
             for ex in readable:
                 for kind in ex["too_long"]:
                     raise ValueError(
-                        f"task {task!r}, example {ex['index']}: {kind} over the limit of "
+                        f"task {ex['task']!r}, example {ex['index']}: {kind} over the limit of "
                         f"{lengths[kind]} tokens; raise task_feature_lengths, or allow trimming."
                     )
         yield batch, readable
+
+
+def _numbered(pairs: Iterator[Any], table: KeyTable) -> Iterator[tuple[tuple[str, int], Any]]:
+    """((task, index in its split), pair) of each pair."""
+    counts: dict[str, int] = collections.Counter()
+    for pair in pairs:
+        name = table.names[int(table.rows(pair[1][DATASET_KEY])[0]) - 1]
+        yield (name, counts[name]), pair
+        counts[name] += 1
 
 
 def _readable(ds: tf.data.Dataset) -> Iterator[Any]:

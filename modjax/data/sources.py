@@ -42,7 +42,7 @@ class ExamplesSource(seqio.DataSource):
         return [split]
 
     def num_input_examples(self, split: str) -> int:
-        return int(next(iter(self._load(split).values())).shape[0])
+        return int(next(iter(self.columns(split).values())).shape[0])
 
     def get_dataset(
         self,
@@ -56,7 +56,7 @@ class ExamplesSource(seqio.DataSource):
         del unused
         columns = {
             k: v if isinstance(v, tf.RaggedTensor) else tf.constant(v)
-            for k, v in self._load(split).items()
+            for k, v in self.columns(split).items()
         }
         number = self.num_input_examples(split)
         ds = tf.data.Dataset.range(number)
@@ -67,7 +67,8 @@ class ExamplesSource(seqio.DataSource):
             ds = ds.shard(shard_info.num_shards, shard_info.index)
         return map_plainly(ds, lambda i: {k: v[i] for k, v in columns.items()})
 
-    def _load(self, split: str) -> dict[str, Any]:
+    def columns(self, split: str) -> dict[str, Any]:
+        """A split's examples by key: an array of all values, or a ragged tensor. Not to be written to."""
         if split not in self._sources:
             raise ValueError(f"No split {split!r}.{nearest(split, self._sources)}")
         if split not in self._columns:

@@ -121,24 +121,27 @@ def _read(
 ) -> Examples:
     parts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     texts: list[Mapping[str, Any]] = []
-    for task in tasks:
-        batches = pipeline.eval_batches(
-            task.name,
-            split,
-            space,
-            task_feature_lengths=dict(lengths),
-            batch_size=256,
-            converter=converter,
-            unknown=unknown,
-            use_cached=use_cached,
-            max_examples=max_examples,
-        )
-        for batch, examples in batches:
-            valid = batch.pop("valid")
-            for feature, values in batch.items():
-                parts[feature].append(values[valid])
-            texts += examples
-    arrays = {feature: np.concatenate(values) for feature, values in parts.items()}
+    batches = pipeline.eval_batches_of(
+        [task.name for task in tasks],
+        split,
+        space,
+        task_feature_lengths=dict(lengths),
+        batch_size=256,
+        converter=converter,
+        unknown=unknown,
+        use_cached=use_cached,
+        max_examples=max_examples,
+    )
+    for batch, examples in batches:
+        valid = batch.pop("valid")
+        for feature, values in batch.items():
+            parts[feature].append(values[valid])
+        texts += examples
+    # Task by task, whichever were read together.
+    place = {task.name: number for number, task in enumerate(tasks)}
+    order = sorted(range(len(texts)), key=lambda i: place[texts[i]["task"]])
+    texts = [texts[i] for i in order]
+    arrays = {feature: np.concatenate(values)[order] for feature, values in parts.items()}
     for values in arrays.values():
         values.flags.writeable = False  # they are shared
     return Examples(tuple(task.name for task in tasks), arrays, texts, space)
