@@ -1,6 +1,6 @@
 """How the input of training grows with the number of datasets.
 
-    python -m benchmarks.growth.inputs --datasets 10 100 300
+    python -m benchmarks.growth.inputs --datasets 10 100 300 1000
 
 Packed batches of 8 rows of 64 + 64 tokens of a mixture of small tasks of bytes, as train.py makes them, on one core by
 the processor's time: what it takes to build the mixture's graphs up to the first batch, what a batch costs once every
@@ -76,7 +76,7 @@ def measure_input(count: int, batches: int, clock: Any) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth.inputs", description=__doc__)
-    parser.add_argument("--datasets", type=int, nargs="+", default=[10, 100, 300])
+    parser.add_argument("--datasets", type=int, nargs="+", default=[10, 100, 300, 1000])
     parser.add_argument("--batches", type=int, default=40)
     args = parser.parse_args(argv)
     clock = measure.use_cores(1)

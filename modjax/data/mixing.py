@@ -41,7 +41,8 @@ def joint(
     None where tasks are not alike, or it is no mixture. Arguments are SeqIO's.
     """
     provider = seqio.get_mixture_or_task(mixture)
-    if type(provider) is not seqio.Mixture:
+    mix = getattr(provider, "_sample_fn", None)  # how a mixture mixes is not public
+    if type(provider) is not seqio.Mixture or mix is None:
         return None
     tasks = [task for task in provider.tasks if split in task.splits]
     if not _alike(tasks, lengths, split, shuffle):
@@ -61,7 +62,7 @@ def joint(
         streams.append(ds if num_epochs == 1 else ds.repeat(num_epochs))
     rates = [provider.get_rate(task) for task in tasks]
     chosen = seed if seed is not None or shuffle else 42
-    mixed = provider._sample_fn(streams, rates, chosen)
+    mixed = mix(streams, rates, chosen)
 
     ds = _preprocessed(mixed, tasks, lengths, lengths, split)
     return carry.map_plainly(ds, lambda ex: {k: ex[k] for k in (*lengths, carry.DATASET_KEY)})
