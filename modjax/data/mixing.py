@@ -105,6 +105,7 @@ def in_order(
     return _preprocessed(ds, tasks, lengths, tasks[0].source.columns(split), split)
 
 
+@tf.autograph.experimental.do_not_convert  # in what it maps: `_STEPS` have no control flow over tensors
 def _preprocessed(
     numbers: tf.data.Dataset,
     tasks: Sequence[seqio.Task],
