@@ -214,9 +214,9 @@ def eval_batches_of(
     check_batch_size(batch_size)
     lengths = check_lengths(task_feature_lengths)
     space = space if space is not None else FeatureSpace(())
-    for task in tasks:
-        encode(task, space, unknown)  # the first one that is wrong is named
-    check_splits(list(tasks), split, use_cached=use_cached)
+    for task in tasks:  # the first one that is wrong is named
+        encode(task, space, unknown)
+        check_splits([task], split, use_cached=use_cached)
     for group in [[t] for t in tasks] if use_cached else mixing.groups(tasks, lengths, split):
         if len(group) == 1:
             yield from eval_batches(

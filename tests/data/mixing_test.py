@@ -178,3 +178,12 @@ def test_an_evaluation_reads_the_same_examples_task_by_task(add, monkeypatch):
     assert [text["index"] for text in ours[1].texts] == [0, 1, 2] * 5
     assert ours[0].texts[-1]["place"] == "there" and any(t["too_long"] for t in ours[0].texts)
     runner._read.cache_clear()
+
+
+def test_an_evaluation_of_a_split_that_one_task_lacks_names_it(add):
+    add("mx_a", rows("a", 15))
+    add("mx_b", rows("b", 15), source=ExamplesSource({"train": rows("b", 15)}))
+    space = registry.feature_space(["mx_a", "mx_b"])
+    settings = {"task_feature_lengths": LENGTHS, "batch_size": 4}
+    with pytest.raises(ValueError, match=r"No task of \['mx_b'\] has a split 'test'"):
+        list(pipeline.eval_batches_of(["mx_a", "mx_b"], "test", space, **settings))
