@@ -33,6 +33,8 @@ CONFIG = t5.T5Config(
     logits_via_embedding=True,
 )
 BATCH, LENGTH, RANK, SKILLS = 8, 64, 8, 8
+# Positions that have logits at a time, where two passes' logits are not compared (see `models.Model.loss_chunk`).
+CHUNK = 16
 SITES = r".*attention/(query|value)"
 
 
@@ -167,6 +169,7 @@ class Step:
             method.module,
             consistency=method.consistency,
             loss_normalizing_factor="num_real_target_tokens",
+            loss_chunk=None if method.consistency else CHUNK,
         ).with_space(method.space)
         self.model = model
         self._batch = batch(method) if rows is None else dict(rows)

@@ -21,14 +21,15 @@ LAYOUTS = (
     "t5:1x1x1:full",
     "t5:2x2x2:full",
 )
+CHUNKED = "t5:2x2x2:full:chunk"
 
 
 @pytest.fixture(scope="module")
 def results():
-    """What testdata/layouts.py printed for `LAYOUTS`, in a process of eight devices."""
+    """What testdata/layouts.py printed for `LAYOUTS` and `CHUNKED`, in a process of eight devices."""
     env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(TESTDATA.parents[1]))
     env["XLA_FLAGS"] = env.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, str(TESTDATA / "layouts.py"), *LAYOUTS]
+    command = [sys.executable, str(TESTDATA / "layouts.py"), *LAYOUTS, CHUNKED]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return {line["layout"]: line for line in map(json.loads, done.stdout.splitlines())}
@@ -42,6 +43,11 @@ def test_every_layout_trains_and_predicts_as_one_device(results, one, many):
     np.testing.assert_allclose(many["losses"], losses, rtol=1e-5)
     assert np.ptp([loss for loss, _ in one["losses"]]) > 1e-3 * losses[0][0]
     assert many.get("decoded") == one.get("decoded")
+
+
+def test_a_loss_in_chunks_is_that_of_the_whole_also_on_a_mesh(results):
+    losses = results["t5:1x1x1:full"]["losses"]
+    np.testing.assert_allclose(results[CHUNKED]["losses"], losses, rtol=1e-5)
 
 
 def test_base_and_adapters_lie_as_the_layout_says(results):

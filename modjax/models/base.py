@@ -5,6 +5,7 @@ Legend, here and in the models: `B` batch, `L` length, `V` vocabulary, `S` segme
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from modjax.adapters import Adapted, Mix
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
-from modjax.losses import cross_entropy, predicted, symmetric_kl
+from modjax.losses import chunked_cross_entropy, cross_entropy, predicted, symmetric_kl
 
 Array = jax.Array
 Batch = Mapping[str, Any]
@@ -39,6 +40,9 @@ class Model(abc.ABC):
       consistency: weight lambda of AdaMix's consistency loss (arXiv 2205.12410): in training a second stochastic pass
         is made, and `lambda / 2 (KL(stop(p2) || p1) + KL(stop(p1) || p2))` is added to each target's loss, where p1
         and p2 are the passes' distributions. 0 for one pass.
+      loss_chunk: how many positions of a row have logits at a time; None for all. The loss is the same, and no array of
+        the size of all logits is kept (see `losses.chunked_cross_entropy`). Not together with consistency, which
+        compares the logits of two passes, nor where the output layer is adapted.
     """
 
     module: nn.Module
@@ -46,6 +50,7 @@ class Model(abc.ABC):
     z_loss: float = 0.0
     loss_normalizing_factor: float | str | None = None
     consistency: float = 0.0
+    loss_chunk: int | None = None
 
     # The streams of tokens of a batch, by the prefix of their names.
     STREAMS: ClassVar[tuple[str, ...]] = ()
@@ -60,11 +65,37 @@ class Model(abc.ABC):
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
         if not self.consistency >= 0.0:
             raise ValueError(f"consistency must be at least 0, got {self.consistency}.")
+        if self.loss_chunk is not None:
+            self._check_chunk()
         factor = self.loss_normalizing_factor
         if isinstance(factor, str) and factor.lower() not in NORMALIZERS:
             raise ValueError(
                 f"Unknown loss_normalizing_factor {factor!r}." + nearest(factor, NORMALIZERS)
             )
+
+    def _check_chunk(self) -> None:
+        chunk = self.loss_chunk
+        if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+            raise ValueError(
+                f"loss_chunk must be an integer of at least 1, or None, got {chunk!r}."
+            )
+        if self.consistency:
+            raise ValueError(
+                f"loss_chunk={chunk} makes no two passes' logits that consistency={self.consistency} could compare: "
+                "leave one of them out."
+            )
+        if not hasattr(self.network, "project"):
+            raise ValueError(
+                f"loss_chunk={chunk}: {type(self.network).__name__} has no method `project` from its hidden states to "
+                "logits."
+            )
+        path = "/".join(self.network.projection)
+        for rule in self.adapted.rules if self.adapted is not None else ():
+            if rule.matches(path):
+                raise ValueError(
+                    f"loss_chunk={chunk} needs an output layer without adapters, and {rule.mixture.name!r} is at "
+                    f"{path!r}: change ADAPTED_LAYERS, or leave LOSS_CHUNK out."
+                )
 
     # What the model is.
 
@@ -158,6 +189,11 @@ class Model(abc.ABC):
 
     def logits(self, params: Any, batch: Batch, dropout_rng: Array | None = None) -> Array:
         """What the network computes for a batch with its targets, float32; `dropout_rng=None` means deterministic."""
+        return self._forward(params, batch, dropout_rng)
+
+    def _forward(
+        self, params: Any, batch: Batch, dropout_rng: Array | None, **options: Any
+    ) -> Array:
         train = dropout_rng is not None
         rngs = None
         if dropout_rng is not None:
@@ -172,6 +208,7 @@ class Model(abc.ABC):
             mix=self._mix(batch, train),
             enable_dropout=train,
             rngs=rngs,
+            **options,
         )
 
     def _mix(self, batch: Batch, train: bool) -> Mix:
@@ -187,9 +224,12 @@ class Model(abc.ABC):
           (not padding, all streams), `positions` (padding included) and `target_positions`, and `consistency` where
           there is one; all float32 scalars.
         """
-        logits = self.logits(params, batch, dropout_rng)
         weights = self._weights(batch)
-        loss, z, correct = self._per_target(logits, batch)
+        if self.loss_chunk is None:
+            logits = self.logits(params, batch, dropout_rng)
+            loss, z, correct = self._per_target(logits, batch)
+        else:
+            loss, z, correct = self._chunked(params, batch, dropout_rng)
         per_token = weights
         if self._normalizer == "average_per_sequence":
             per_token = weights / jnp.maximum(self._sequence_weights(batch, weights), 1e-9)
@@ -215,9 +255,36 @@ class Model(abc.ABC):
 
     def _per_target(self, logits: Array, batch: Batch) -> tuple[Array, Array, Array]:
         """(loss, z-loss, whether the prediction is right) of each target, float32 `[B, L]`."""
-        targets = jnp.maximum(as_ids(batch[self.TARGETS]) - self.token_offset, 0)
+        targets = self._rows(batch)
         loss, z = cross_entropy(logits, targets, self.label_smoothing, self.z_loss)
         return loss, z, predicted(logits, targets)
+
+    def _rows(self, batch: Batch) -> Array:
+        """The targets as rows of the embedding."""
+        return jnp.maximum(as_ids(batch[self.TARGETS]) - self.token_offset, 0)
+
+    def _chunked(
+        self, params: Any, batch: Batch, dropout_rng: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """`_per_target` without logits of all positions."""
+        assert self.loss_chunk is not None
+        hidden = self._forward(params, batch, dropout_rng, hidden=True)
+        path = self.network.projection
+        layer = functools.reduce(lambda tree, name: tree[name], path, params)
+
+        def project(layer: Any, y: Array) -> Array:
+            tree = functools.reduce(lambda tree, name: {name: tree}, reversed(path), layer)
+            return self.network.apply({"params": tree}, y, method="project")
+
+        return chunked_cross_entropy(
+            project,
+            layer,
+            hidden,
+            self._rows(batch),
+            self.loss_chunk,
+            self.label_smoothing,
+            self.z_loss,
+        )
 
     def _distance(self, logits: Array, other: Array) -> Array:
         """How far apart the predictions of two passes are, for each target."""

@@ -191,8 +191,8 @@ class Layer(nn.Module):
         return partitioning.constrain(x, ("batch", "length", "embed")), None
 
 
-class Decoder(nn.Module):
-    """The layers, from embedded tokens to logits."""
+class Stack(nn.Module):
+    """The layers, from embedded tokens to the last norm's output."""
 
     config: DecoderConfig
 
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
     def __call__(
         self, x: Array, mask: Array, places: tuple[Array, Array], index: Array, step: layers.Step
     ) -> Array:
-        """Logits of the output layer, or the last norm's output where that layer is the embedding.
+        """The last norm's output `[B, Q, D]`.
 
         Args:
           x: embedded tokens `[B, Q, D]`.
@@ -230,11 +230,26 @@ class Decoder(nn.Module):
         seen = (mask, distance, tables)
         shared = (seen, index)
         x = stack(Layer, (cfg, step), cfg.num_layers, cfg, x, shared, (own,), remat=not step.decode)
-        x = _norm(cfg, "decoder_norm")(x)
-        if cfg.logits_via_embedding:
-            return x
-        dense = layers.Dense(cfg.vocab_size, ("embed", "vocab"), "float32", name="logits_dense")
-        return dense(x)
+        return _norm(cfg, "decoder_norm")(x)
+
+
+class Decoder(nn.Module):
+    """The layers and the output layer, if it is one of its own."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.stack = Stack(cfg)
+        nn.share_scope(self, self.stack)
+        if not cfg.logits_via_embedding:
+            self.logits_dense = layers.Dense(cfg.vocab_size, ("embed", "vocab"), "float32")
+
+    def __call__(self, *args: Any) -> Array:
+        return self.stack(*args)
+
+    def logits(self, y: Array) -> Array:
+        return self.logits_dense(y)
 
 
 class Transformer(nn.Module):
@@ -262,6 +277,7 @@ class Transformer(nn.Module):
         decode: bool = False,
         max_decode_length: int = 0,
         prompt_lengths: Array | None = None,
+        hidden: bool = False,
     ) -> Array:
         """Logits float32 `[B, Q, V]` over the embedding's rows: column v is token `v + token_offset`.
 
@@ -278,6 +294,7 @@ class Transformer(nn.Module):
           decode: use the cache (make the collection "cache" mutable).
           max_decode_length: slots of the cache beyond the prompt's, needed in the first call.
           prompt_lengths: int `[B]`, how many of the first call's tokens are each row's prompt; all unless given.
+          hidden: give what `project` makes logits of instead, `[B, Q, D]`.
 
         Raises:
           ValueError: arguments that do not go together, or more positions than have been learned.
@@ -324,9 +341,20 @@ class Transformer(nn.Module):
         x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
         step = layers.Step(not enable_dropout, decode, max_decode_length)
         y = self.decoder(x, mask[:, None], (here, there), index, step)
-        logits = self.token_embedder.attend(y, scaled=False) if cfg.logits_via_embedding else y
+        return y if hidden else self.project(y)
+
+    @property
+    def projection(self) -> tuple[str, ...]:
+        """Where the parameters of `project` are."""
+        tied = self.config.logits_via_embedding
+        return ("token_embedder",) if tied else ("decoder", "logits_dense")
+
+    def project(self, y: Array) -> Array:
+        """Logits float32 `[B, Q, V]` of the last norm's output `[B, Q, D]`."""
+        tied = self.config.logits_via_embedding
+        logits = self.token_embedder.attend(y, scaled=False) if tied else self.decoder.logits(y)
         logits = partitioning.constrain(logits, ("batch", None, "vocab"))
-        return soft_cap(logits, cfg.logits_softcap)
+        return soft_cap(logits, self.config.logits_softcap)
 
 
 def _norm(config: DecoderConfig, name: str) -> nn.Module:

@@ -191,6 +191,7 @@ class Transformer(nn.Module):
         enable_dropout: bool = False,
         decode: bool = False,
         max_decode_length: int = 0,
+        hidden: bool = False,
     ) -> Array:
         """Logits float32 `[B, Q, V]`.
 
@@ -204,6 +205,7 @@ class Transformer(nn.Module):
           enable_dropout: draw dropout from the rng stream "dropout".
           decode: use the cache (make the collection "cache" mutable).
           max_decode_length: length of the cache, needed with `decode`.
+          hidden: give what `project` makes logits of instead, `[B, Q, D]`.
 
         Raises:
           ValueError: arguments that do not go together, or more tokens than the cache has slots (outside jit; inside
@@ -241,6 +243,16 @@ class Transformer(nn.Module):
             (query_positions, key_positions),
             layers.Step(not enable_dropout, decode, max_decode_length),
         )
+        return y if hidden else self.project(y)
+
+    @property
+    def projection(self) -> tuple[str, ...]:
+        """Where the parameters of `project` are."""
+        tied = self.config.logits_via_embedding
+        return ("token_embedder",) if tied else ("decoder", "logits_dense")
+
+    def project(self, y: Array) -> Array:
+        """Logits float32 `[B, Q, V]` of the decoder's output `[B, Q, D]`."""
         tied = self.config.logits_via_embedding
         logits = self.token_embedder.attend(y) if tied else self.decoder.logits(y)
         return partitioning.constrain(logits, ("batch", None, "vocab"))
@@ -256,6 +268,7 @@ class Transformer(nn.Module):
         decoder_positions: Array | None = None,
         *,
         enable_dropout: bool = False,
+        hidden: bool = False,
     ) -> Array:
         """Teacher-forced logits float32 `[B, Q, V]`; arguments as in `encode` and `decode`."""
         encoded = self.encode(
@@ -273,6 +286,7 @@ class Transformer(nn.Module):
             decoder_segment_ids,
             decoder_positions,
             enable_dropout=enable_dropout,
+            hidden=hidden,
         )
 
 

@@ -5,9 +5,10 @@ layout of up to 8 devices, which takes some minutes.
 
 Options: "decode" predicts, too; "save" leaves a checkpoint after the steps and "resume" does their last step from it
 alone; "lazy" optimizer; "replicated" adapters; "sequence" divides the length of activations over "model"; "full" trains
-the base, too.
+the base, too; "chunk" makes the loss a few positions at a time.
 """
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -147,9 +148,8 @@ class Job:
         trained, frozen = self.trained, self.frozen
         if groups:
             trained, frozen = optimizers.combine(trained, frozen), {}
-        made = trainer.Trainer(
-            self.model, optimizer, mesh, trained, frozen, layout.axes, rules=rules
-        )
+        model = dataclasses.replace(self.model, loss_chunk=4 if "chunk" in options else None)
+        made = trainer.Trainer(model, optimizer, mesh, trained, frozen, layout.axes, rules=rules)
         frozen = partitioning.place(frozen, made.frozen_sharding)
         state = made.init_state(trained, 0)
         rows = partitioning.place_batch(self.batch, mesh)
