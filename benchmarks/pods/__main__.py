@@ -3,6 +3,7 @@
     python -m benchmarks.pods                            # compiles what results.json lacks, then prints the tables
     python -m benchmarks.pods --only llama3_8b v5e-16    # cells whose name has all of these words
     python -m benchmarks.pods --none                     # only prints
+    python -m benchmarks.pods --only mt5_xl lora v5e-16 --bind "LOSS_CHUNK = 16"   # otherwise trained; is not kept
 
 Each cell is one training step, compiled for a pod that is not there (`modjax.aot`; needs the extra `tpu`), which takes
 one to two minutes of a core. Results are kept in results.json beside this file, cell by cell.
@@ -64,8 +65,8 @@ BASES = {
 }
 
 
-def flags_of(base: str, method: str, chips: int) -> Any:
-    """A cell as a command line."""
+def flags_of(base: str, method: str, chips: int, bind: Sequence[str] = ()) -> Any:
+    """A cell as a command line, with further gin bindings."""
     from modjax import launch
 
     setting = BASES[base]
@@ -81,16 +82,19 @@ def flags_of(base: str, method: str, chips: int) -> Any:
         f"{setting.config}.remat_policy": setting.remat,
         f"{setting.config}.dtype": "bfloat16",
     }
-    return launch.Flags(files, tuple(f"{name} = {value!r}" for name, value in bindings.items()), ())
+    own = (f"{name} = {value!r}" for name, value in bindings.items())
+    return launch.Flags(files, (*own, *bind), ())
 
 
-def measure_cell(base: str, method: str, pod: str, text: pathlib.Path | None) -> dict[str, Any]:
+def measure_cell(
+    base: str, method: str, pod: str, text: pathlib.Path | None, bind: Sequence[str] = ()
+) -> dict[str, Any]:
     """One cell, compiled."""
     from modjax.aot import chips, job, measure
 
     devices = measure.devices_of(PODS[pod])
     kind = devices[0].device_kind
-    made = job.from_gin(flags_of(base, method, len(devices)), FEATURES, METHODS[method][1])
+    made = job.from_gin(flags_of(base, method, len(devices), bind), FEATURES, METHODS[method][1])
     began = time.monotonic()
     program = job.training(made, devices)
     cost = measure.compile_for(program, kind, text, OPTIONS)
@@ -159,6 +163,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="*", default=[], help="words of the cells to compile")
     parser.add_argument("--none", action="store_true", help="compile nothing")
     parser.add_argument("--again", action="store_true", help="also what is there")
+    parser.add_argument("--bind", nargs="*", default=[], help="gin bindings; is told, and not kept")
     parser.add_argument("--hlo", help="a folder for the compiled programs' text")
     args = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -167,15 +172,21 @@ def main(argv: Sequence[str]) -> int:
     for cell in cells:
         if args.none or not set(args.only) <= set(cell.split()):
             continue
-        if cell in results and not args.again:
+        if cell in results and not args.again and not args.bind:
             continue
         text = pathlib.Path(args.hlo) / f"{cell.replace(' ', '_')}.txt" if args.hlo else None
-        results[cell] = measure_cell(*cell.split(), text)
+        found = measure_cell(*cell.split(), text, args.bind)
+        if args.bind:
+            print("\n".join(table({cell: found})), flush=True)
+            continue
+        results[cell] = found
         ordered = {name: results[name] for name in cells if name in results}
         draft = RESULTS.with_suffix(".part")
         draft.write_text(json.dumps(ordered, indent=1) + "\n")
         draft.replace(RESULTS)
         print("\n".join(table({cell: results[cell]})[2:]), flush=True)
+    if args.bind:
+        return 0
     ordered = {name: results[name] for name in cells if name in results}
     print("\n".join(table(ordered)))
     print(f"{len(ordered)} of {len(cells)} cells are there")

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from modjax import partitioning, quantization
 from modjax.adapters import Adapted, Mix
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
@@ -24,6 +25,8 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 Sums = dict[str, Array]
 M = TypeVar("M", bound="Model")
 
+# How the kernels of an output layer lie while a loss is made of them: whole but for the vocabulary.
+_OUTPUT_AXES = {"embedding": ("vocab", None), "kernel": (None, "vocab")}
 NORMALIZERS = ("num_real_target_tokens", "num_total_target_tokens", "average_per_sequence")
 
 
@@ -270,7 +273,11 @@ class Model(abc.ABC):
         assert self.loss_chunk is not None
         hidden = self._forward(params, batch, dropout_rng, hidden=True)
         path = self.network.projection
-        layer = functools.reduce(lambda tree, name: tree[name], path, params)
+        layer = dict(functools.reduce(lambda tree, name: tree[name], path, params))
+        for name, axes in _OUTPUT_AXES.items():
+            if name in layer and not quantization.is_quantized(layer[name]):
+                # Gathered here, once, and not by every chunk.
+                layer[name] = partitioning.constrain_forward(layer[name], axes)
 
         def project(layer: Any, y: Array) -> Array:
             tree = functools.reduce(lambda tree, name: {name: tree}, reversed(path), layer)
