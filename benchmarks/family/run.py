@@ -52,6 +52,8 @@ _RANK = "adapters.LowRank.rank = 8"
 _HALVES = "adapters.LowRank.rank = 4"
 # The scale, alpha by rank, is 1 for all low-rank methods.
 _SKILLS = ("SKILLS = 8", "adapters.LowRank.rank = 4", "adapters.LowRank.alpha = 4.0")
+# As many as the base's attention has; XLA's CPU compiler is slow at the blocks of more.
+_HEADS = "HEADS = 4"
 _ADAMIX_LORA = (
     "MODULES = 4",
     "adapters.LowRank.rank = 8",
@@ -67,7 +69,7 @@ METHODS = {
     "flix_adamix": Method("flix", (_HALVES, "adapters.Features.copies = 4", "CONSISTENCY = 1.0")),
     "polytropon": Method("polytropon", _SKILLS),
     "polytropon_by_task": Method("polytropon", (*_SKILLS, "adapters.Skills.by = 'task'")),
-    "poly_s": Method("poly_s", _SKILLS),
+    "poly_s": Method("poly_s", (*_SKILLS, _HEADS)),
     "poly_mu": Method("poly_mu", _SKILLS),
     "adamix_lora": Method("adamix_lora", _ADAMIX_LORA),
     "adamix_lora_no_consistency": Method("adamix_lora", (*_ADAMIX_LORA, "CONSISTENCY = 0.0")),
@@ -96,7 +98,7 @@ _NO_WAY = ("full", "lora_per_dataset")
 WAYS = {name: Way(method, name) for name, method in METHODS.items() if name not in _NO_WAY}
 WAYS |= {
     "mu": Way(Method("lora", (_HALVES, _COLLAPSE)), "poly_s"),
-    "z": Way(Method("poly_z", _SKILLS), "poly_s"),
+    "z": Way(Method("poly_z", (*_SKILLS, _HEADS)), "poly_s"),
     "lora_from_base": Way(METHODS["lora"], None),
     "full_from_base": Way(METHODS["full"], None),
 }

@@ -70,7 +70,8 @@ METHODS = {
     "flix": Method("flix", (_rank(8),), off=True),
     "flix_shared_language_dropout": Method("flix", _SHARED, off=True),
     "polytropon": Method("polytropon", _SKILLS),
-    "poly_s": Method("poly_s", _SKILLS),
+    # As many as the base's attention has; XLA's CPU compiler is slow at the blocks of more.
+    "poly_s": Method("poly_s", (*_SKILLS, "HEADS = 4")),
     "adamix_lora": Method(
         "adamix_lora", ("MODULES = 4", _rank(16), "adapters.LowRank.alpha = 16.0", _EVERYWHERE)
     ),
