@@ -73,11 +73,8 @@ def symmetric_kl(logits: Array, other: Array) -> Array:
     return divergence(q, p) + divergence(p, q)
 
 
-Project = Callable[[Any, Array], Array]
-
-
 def chunked_cross_entropy(
-    project: Project,
+    project: Callable[[Any, Array], Array],
     params: Any,
     hidden: Array,
     targets: Array,

@@ -141,9 +141,10 @@ def begin(settings: Settings) -> str:
 
 def pretrain(base: str, settings: Settings) -> study.Found:
     """Makes a base; gives `validation`: of BASE the chrF of the texts that it restores, by language."""
+    # First of all: what gin configures cannot be imported by a process that has used a configuration.
+    register(settings.output)
     if base == WORDS:
         return words.pretrain(WORDS, settings)
-    register(settings.output)
     folder = settings.base(BASE)
     macros = {"MIXTURE_OR_TASK_NAME": "mtop6_pieces_pretrain", "MODEL_DIR": folder + "_training"}
     macros |= {"BASE": begin(settings), "EXPORT_DIR": folder}

@@ -144,3 +144,12 @@ def test_a_vocabulary_is_written_once(settings, monkeypatch):
         run.register.__wrapped__(settings.output)
     assert len(written) == 1 and registered == [settings.output / "spiece.model"] * 2
     assert [path.name for path in settings.output.iterdir()] == ["spiece.model"]
+
+
+def test_datasets_are_registered_before_any_base_uses_a_configuration(settings, monkeypatch):
+    """A process that has used one cannot import what gin configures, and a process does one base after the other."""
+    done = []
+    monkeypatch.setattr(run, "register", lambda output: done.append("registered"))
+    monkeypatch.setattr(run.words, "pretrain", lambda base, settings: done.append(base) or {})
+    run.pretrain(run.WORDS, settings)
+    assert done == ["registered", run.WORDS]
