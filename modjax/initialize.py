@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from modjax import adapters, checkpoints, optimizers, partitioning, provenance, quantization
+from modjax import adapters, checkpoints, memo, optimizers, partitioning, provenance, quantization
 from modjax.errors import nearest
 from modjax.features import FeatureSpace
 
@@ -68,6 +68,17 @@ class Layout:
     lazy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@memo.keep(4)
+def _init(model: Any) -> Any:
+    """A model's `init`, which jax traces once for each shape of a batch: every start asks for it several times."""
+    return jax.jit(model.init)
+
+
+def variable_shapes(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of a model's variables {params, params_axes}; computes nothing."""
+    return dict(_init(model).eval_shape(jax.random.key(0), dict(batch)))
+
+
 def layout(
     model: Any,
     batch: Mapping[str, Any],
@@ -79,7 +90,7 @@ def layout(
     Raises:
       ValueError: adapters' rules, groups or the partitioner's rules that do not fit the network.
     """
-    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+    variables = variable_shapes(model, batch)
     params, named = variables["params"], variables.get("params_axes", {})
     axes: dict[str, Any] = dict(partitioning.flat_axes(named))
     paths: list[str] = []
@@ -216,7 +227,7 @@ def host_init(model: Any, batch: Mapping[str, Any], wanted: Tree, seed: int) -> 
     @jax.jit
     def draw(rng: jax.Array) -> Tree:
         zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), dict(batch))
-        params = traverse_util.flatten_dict(model.init(rng, zeros)["params"], sep="/")
+        params = traverse_util.flatten_dict(_init(model)(rng, zeros)["params"], sep="/")
         return {path: leaf for path, leaf in params.items() if path in keep}
 
     return traverse_util.unflatten_dict(jax.device_get(draw(jax.random.key(seed))), sep="/")
@@ -439,9 +450,8 @@ def restore(
     method = adapters.describe_method(model.adapted) if model.adapted else "full"
     provenance.check_same("method", metadata["method"], method, where)
     batch = model.example_batch({"inputs": 1, "targets": 1}, space)  # any lengths will do
-    params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    shapes = traverse_util.flatten_dict(params, sep="/")
-    kept = {path: leaf for path, leaf in shapes.items() if path not in metadata["trained"]}
+    flat = traverse_util.flatten_dict(variable_shapes(model, batch)["params"], sep="/")
+    kept = {path: leaf for path, leaf in flat.items() if path not in metadata["trained"]}
     wanted = traverse_util.unflatten_dict(kept, sep="/")
     names = model.adapted.names if model.adapted else ()
     frozen = take_base(wanted, base or {}, names, "given")

@@ -247,7 +247,7 @@ def model_flops(job: Job) -> float:
     """
     model = dataclasses.replace(job.model, module=job.model.network, consistency=0.0)
     batch = model.example_batch(job.lengths, FeatureSpace((), ()), job.segments, job.batch_size)
-    params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    params = initialize.variable_shapes(model, batch)["params"]
     traced = jax.make_jaxpr(lambda params, batch: model.loss_sums(params, batch, None)[0])
     forward = traced(params, batch)
     weights, others = (profiling.product_flops(forward, batched) for batched in (False, True))

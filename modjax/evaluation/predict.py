@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from modjax import partitioning
+from modjax import memo, partitioning
 from modjax.evaluation import batching
 
 Batch = dict[str, np.ndarray]
@@ -40,14 +40,7 @@ def predictor(
       rules: of the mesh, see `partitioning.Partitioner`.
       **options: for `predict_batch`, as `decoder="beam"`, `num_decodes=4`.
     """
-    # Every process gets the tokens of all rows, so that nothing has to be gathered afterwards.
-    out = None if mesh is None else partitioning.replicated(mesh)
-
-    def compute(params: Any, batch: Any, rng: jax.Array) -> jax.Array:
-        with partitioning.in_force(mesh, rules):
-            return model.predict_batch(params, batch, rng, **options)
-
-    step = jax.jit(compute, out_shardings=out)
+    step = _step(model, "predict_batch", mesh, rules, tuple(options.items()))
     calls = 0
 
     def predict(batch: Batch) -> jax.Array:
@@ -61,6 +54,25 @@ def predictor(
     return predict
 
 
+@memo.keep(4)
+def _step(
+    model: Any,
+    method: str,
+    mesh: Mesh | None,
+    rules: partitioning.Rules,
+    options: tuple[tuple[str, Any], ...] = (),
+) -> Any:
+    """A model's method, compiled; kept, so that the next checkpoint of the same model finds what is compiled."""
+
+    def compute(*args: Any) -> jax.Array:
+        with partitioning.in_force(mesh, rules):
+            return getattr(model, method)(*args, **dict(options))
+
+    # Every process gets the answers of all rows, so that nothing has to be gathered afterwards.
+    out = None if mesh is None else partitioning.replicated(mesh)
+    return jax.jit(compute, out_shardings=out)
+
+
 def scorer(
     model: Any,
     params: Any,
@@ -68,13 +80,7 @@ def scorer(
     rules: partitioning.Rules = partitioning.RULES,
 ) -> PredictFn:
     """A model's `score_batch`, compiled once per shape; arguments as in `predictor`."""
-    out = None if mesh is None else partitioning.replicated(mesh)
-
-    def compute(params: Any, batch: Any) -> jax.Array:
-        with partitioning.in_force(mesh, rules):
-            return model.score_batch(params, batch)
-
-    step = jax.jit(compute, out_shardings=out)
+    step = _step(model, "score_batch", mesh, rules)
 
     def score(batch: Batch) -> jax.Array:
         return step(params, batch if mesh is None else partitioning.place_whole_batch(batch, mesh))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from modjax import memo
 from modjax.hub import hf_decoder, hf_encoder, hf_t5
 from modjax.hub.layers import flatten
 from modjax.networks import decoder, encoder, t5
@@ -38,9 +39,14 @@ class Kind(NamedTuple):
 
     def shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Every parameter of the network by name, told by the network itself."""
-        tokens = [jax.ShapeDtypeStruct((1, 1), np.int32)] * self.inputs
-        variables = jax.eval_shape(self.network(config).init, jax.random.key(0), *tokens)
-        return {name: tuple(leaf.shape) for name, leaf in flatten(variables["params"]).items()}
+        return dict(_shapes(self.network(config), self.inputs))
+
+
+@memo.keep(4)
+def _shapes(network: Any, inputs: int) -> dict[str, tuple[int, ...]]:
+    tokens = [jax.ShapeDtypeStruct((1, 1), np.int32)] * inputs
+    variables = jax.eval_shape(network.init, jax.random.key(0), *tokens)
+    return {name: tuple(leaf.shape) for name, leaf in flatten(variables["params"]).items()}
 
 
 KINDS = {

@@ -293,3 +293,36 @@ def test_a_model_predicts_in_shared_batches_what_it_predicts_in_one(make_t5, exa
     tokens = predict.predict_all(predict_fn, few, batch_size=4)
     np.testing.assert_array_equal(np.stack(tokens), together)
     assert len(np.unique(together, axis=0)) > 1
+
+
+def test_checkpoints_of_one_model_share_what_is_compiled_and_not_their_answers(make_t5, examples):
+    from modjax import models
+
+    few = {k: v[:4] for k, v in examples.arrays.items()}
+
+    def predictions(seed, alpha=0.6):
+        # Made anew each time, as gin does.
+        network = make_t5(vocab_size=VOCABULARY.vocab_size, num_encoder_layers=1)
+        model = Traced(network, alpha=alpha)
+        params = jax.jit(model.init)(jax.random.key(seed), few)["params"]
+        found = predict.predictor(model, params, decoder="greedy")(few)
+        np.testing.assert_array_equal(found, model.predict_batch(params, few, decoder="greedy"))
+        return np.asarray(found), params, model
+
+    class Traced(models.EncoderDecoderModel):
+        count = 0
+
+        def predict_batch(self, params, batch, rng=None, **options):
+            Traced.count += rng is not None  # the compiled calls have one
+            return super().predict_batch(params, batch, rng, **options)
+
+    one, params, _ = predictions(0)
+    two, *_ = predictions(1)
+    assert Traced.count == 1 and (one != two).any()
+    *_, other = predictions(0, alpha=0.7)
+    assert Traced.count == 2
+    # Other options and another method are other programs.
+    predict.predictor(other, params, decoder="beam", num_decodes=2)(few)
+    assert Traced.count == 3
+    scores = predict.scorer(other, params)(few)
+    np.testing.assert_allclose(scores, other.score_batch(params, few), rtol=1e-5)
