@@ -16,8 +16,9 @@ from jax import lax
 Array = jax.Array
 
 # Leaves that T5X's layers keep once for the whole batch although they have a leading axis: never
-# expanded, never picked. And what our layers keep once for all beams of an example.
-_SHARED_LEAVES = ("cached_bias", "position_embedder_index", "shared_key", "shared_value")
+# expanded, never picked. And how the names begin of what our layers keep once for all beams of an example.
+_SHARED_LEAVES = ("cached_bias", "position_embedder_index")
+_SHARED = "shared_"
 # What our layers keep for an example's beams side by side, in columns `t * E + e` of the last axis, and who sees which
 # column: picking beams picks rows of the mask, and leaves keys and values where they are.
 _JOINT_LEAVES = ("joint_key", "joint_value")
@@ -103,7 +104,8 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 def _has_rows(names: list[str], leaf: Any, offset: int) -> bool:
     # A scalar position, or one per scanned layer, has no axis of examples: it serves all rows.
-    return jnp.ndim(leaf) > offset and names[-1] not in _SHARED_LEAVES
+    shared = names[-1] in _SHARED_LEAVES or names[-1].startswith(_SHARED)
+    return jnp.ndim(leaf) > offset and not shared
 
 
 def expand_cache(
@@ -112,8 +114,8 @@ def expand_cache(
     """A cache of B examples as the flat cache of `B * beam_size` rows.
 
     Left as they are: leaves with at most `offset` axes (`cache_index` when it is one number),
-    T5X's `cached_bias` and `position_embedder_index`, and `shared_key` and `shared_value`, which
-    all beams of an example read as they are. If beams will be picked, `joint_key` and
+    T5X's `cached_bias` and `position_embedder_index`, and leaves whose names begin with `shared_`,
+    which all beams of an example read as they are. If beams will be picked, `joint_key` and
     `joint_value` keep B rows and get columns for every beam instead: slot t of beam e is column
     `t * E + e` of the last axis. What is there already is beam 0's, and the rows of `joint_mask`,
     which get the same columns, see it there.

@@ -9,8 +9,9 @@ pads with its token 0 (Gemma), else 1: GPT-2's and Llama's token 0 is a word lik
 Decoding works through the `cache` collection; all rows decode in step. The first call with `decode=True` takes the
 prompts `[B, P]`, padded on the right to a common length (`P` may be 0), and makes a cache of `P + max_decode_length`
 slots: prompts lie in the first P, and what later calls bring is appended for all rows at the same slot. The cache knows
-the position of each slot's token (`cached_positions`, -1 where there is none), so that a row goes on at the position
-where its own prompt ends, and never sees padding.
+the position of each slot's token (-1 where there is none), so that a row goes on at the position where its own prompt
+ends, and never sees padding. Later calls may have E rows for each row of the first (beams, samples): all of them read
+the one copy of their prompt's keys and values.
 
 Sources: GPT-2 (Radford et al. 2019), Llama (arXiv 2302.13971, 2407.21783), Mistral (2310.06825), Qwen2 (2407.10671),
 Qwen3 (2505.09388), Gemma 2 (2408.00118), Gemma 3 (2503.19786). A prefix is seen in both directions as in arXiv
@@ -307,23 +308,25 @@ class Transformer(nn.Module):
                     "Decoding works on one example per row, whose positions follow from "
                     "prompt_lengths: leave segment ids and positions out."
                 )
-            if prefix is not None and self.slots.has_variable("cache", "cached_positions"):
+            if prefix is not None and self.slots.has_variable("cache", "shared_positions"):
                 raise ValueError(
                     "decoder_causal_attention belongs to the first call, the prompt's."
                 )
-            index, here, there = self.slots(tokens.shape, max_decode_length, prompt_lengths)
+            taken = self.slots(tokens.shape, max_decode_length, prompt_lengths)
+            index, here, there, slots = taken.first, taken.here, taken.there, taken.slots
             mask = (there >= 0)[:, None] & (there[:, None] <= here[:, :, None])
+            if taken.own is not None:
+                mask = mask & taken.own
             if prefix is not None:
                 # It sees itself whole, also a last token that is not kept because it will be fed again.
-                ahead = jnp.pad(prefix > 0, ((0, 0), (0, there.shape[1] - prefix.shape[1])))
-                mask = mask | ((prefix > 0)[:, :, None] & ahead[:, None])
-                there = there.at[:, : tokens.shape[1]].set(here)
+                mask = mask | ((prefix > 0)[:, :, None] & (prefix > 0)[:, None])
+                there = here
         else:
             if prompt_lengths is not None:
                 raise ValueError("prompt_lengths are for decode=True.")
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
             here = there = steps if decoder_positions is None else decoder_positions
-            index = jnp.int32(0)
+            index, slots = jnp.int32(0), there.shape[1]
             mask = steps[:, None] <= steps[:, :, None]
             if prefix is not None:
                 mask = mask | ((prefix > 0)[:, :, None] & (prefix > 0)[:, None])
@@ -331,10 +334,10 @@ class Transformer(nn.Module):
                 mask = mask & (decoder_segment_ids[:, :, None] == decoder_segment_ids[:, None])
             elif decoder_target_tokens is not None:
                 mask = mask & (decoder_target_tokens > 0)[:, None]
-        if cfg.positions == "learned" and there.shape[1] > cfg.max_positions:
+        if cfg.positions == "learned" and slots > cfg.max_positions:
             if decoder_positions is None:
                 raise ValueError(
-                    f"{there.shape[1]} positions (prompt and decoded tokens together) are more "
+                    f"{slots} positions (prompt and decoded tokens together) are more "
                     f"than the {cfg.max_positions} that this network has learned."
                 )
         x = self.token_embedder(jnp.maximum(tokens - cfg.token_offset, 0))

@@ -335,13 +335,22 @@ class CachePosition(nn.Module):
         index.value = now + length
         before = seen.value.reshape(rows, 1, -1)
         beams = before.shape[2] // slots
-        slot, beam = jnp.divmod(jnp.arange(before.shape[2], dtype=jnp.int32), beams)
-        own = (beam == jnp.arange(rows, dtype=jnp.int32)[:, None] % beams)[:, None]
-        until = now + jnp.arange(length, dtype=jnp.int32)[:, None]
-        mask = before | (own & (now <= slot) & (slot <= until))
+        mask = before | own_columns(rows, beams, slots, now, length)
         if length:
             seen.value = mask[:, -1].reshape(seen.value.shape)
         return now, mask
+
+
+def own_columns(rows: int, beams: int, slots: int, first: Array, length: int) -> Array:
+    """Which columns hold the tokens `[rows, length]` that go into slots from `first` on, as far as each token sees.
+
+    Returns:
+      bool `[rows, length, slots * beams]`: column `t * beams + e` is slot t of beam e, and row r is beam `r % beams`.
+    """
+    slot, beam = jnp.divmod(jnp.arange(slots * beams, dtype=jnp.int32), beams)
+    own = (beam == jnp.arange(rows, dtype=jnp.int32)[:, None] % beams)[:, None]
+    until = first + jnp.arange(length, dtype=jnp.int32)[:, None]
+    return own & (first <= slot) & (slot <= until)
 
 
 def check_room(taken: Array, new: int, slots: int) -> None:

@@ -312,23 +312,43 @@ def test_a_cached_call_may_bring_any_number_of_tokens(pieces):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_beams_take_their_cache_with_them(scan):
-    network = make("gemma", scan_layers=scan)
-    params = hub.stack_layers(params_of("gemma")) if scan else params_of("gemma")
-    variables, offset = {"params": params}, int(scan)
-    lengths = np.array([3, 2, 1])
+@pytest.mark.parametrize("variant", ["gemma", "gpt2"])
+def test_beams_read_one_copy_of_their_prompt_and_what_they_wrote_themselves(variant, scan):
+    network = make(variant, scan_layers=scan)
+    params = hub.stack_layers(params_of(variant)) if scan else params_of(variant)
+    variables, offset, lengths = {"params": params}, int(scan), np.array([3, 2, 1])
     _, cache = step(network, variables, TOKENS[:, :3], 4, prompt_lengths=lengths)
-    alone_before, _ = step(network, variables | cache, TOKENS[:, 3:4])
-    beams = decoding.beams.expand_cache(cache["cache"], 3, 2, offset)
-    tokens = np.repeat(TOKENS[:, 3:4], 2, axis=0)
-    tokens[1::2] = 9  # the second beam of each example goes elsewhere
-    both, beams = step(network, variables | {"cache": beams}, tokens)
-    np.testing.assert_allclose(both[::2], alone_before, **TIGHT)
-    swapped = decoding.beams.gather_cache(beams["cache"], np.array([[1, 0]] * 3), 2, offset)
-    after, _ = step(network, variables | beams, np.full((6, 1), 5))
-    crossed, _ = step(network, variables | {"cache": swapped}, np.full((6, 1), 5))
-    np.testing.assert_allclose(crossed, after[np.array([1, 0, 3, 2, 5, 4])], **TIGHT)
-    assert not np.allclose(crossed, after, atol=1e-3)
+    cache = {"cache": decoding.beams.expand_cache(cache["cache"], 3, 2, offset, picked=True)}
+    flat = flatten_dict(cache["cache"], sep="/")
+    kept = {path: leaf.shape for path, leaf in flat.items() if path.endswith("_key")}
+    rows = {path.rsplit("/")[-1]: shape[offset] for path, shape in kept.items()}
+    assert rows == {"shared_key": 3, "joint_key": 3}
+    written = [list(TOKENS[i // 2, : lengths[i // 2]]) for i in range(6)]
+    # Which beam goes on in each place, an example having both from one beam at last.
+    for number, places in enumerate(([[0, 1]] * 3, [[1, 0], [0, 1], [1, 0]], [[1, 1]] * 3)):
+        new = (np.arange(6) * 5 + 7 * number) % 17 + 2
+        logits, cache = step(network, variables | cache, new[:, None])
+        for row, text in enumerate(written):
+            text.append(new[row])
+            whole = reference(network.config, params_of(variant), np.array(text))
+            np.testing.assert_allclose(logits[row, 0], whole[-1], **TIGHT)
+        picked = decoding.beams.gather_cache(cache["cache"], np.array(places), 2, offset)
+        cache = {"cache": picked}
+        written = [list(written[i // 2 * 2 + places[i // 2][i % 2]]) for i in range(6)]
+
+
+def test_samples_of_a_prompt_read_its_one_copy():
+    network, variables = make("gemma"), {"params": params_of("gemma")}
+    _, cache = step(network, variables, TOKENS[:, :3], 4, prompt_lengths=np.array([3, 2, 1]))
+    several = decoding.beams.expand_cache(cache["cache"], 3, 2)
+    tokens = np.repeat(TOKENS[:, 3:5], 2, axis=0)
+    tokens[1::2] = 9
+    for at in range(2):
+        alone, cache = step(network, variables | cache, TOKENS[:, 3 + at : 4 + at])
+        both, several = step(network, variables | {"cache": several}, tokens[:, at : at + 1])
+        np.testing.assert_allclose(both[::2], alone, **TIGHT)
+        assert not np.allclose(both[1::2], alone, atol=1e-3)
+        several = several["cache"]
 
 
 @pytest.mark.parametrize(
@@ -469,11 +489,11 @@ def test_tokens_that_the_cache_has_no_slots_for_are_refused_where_that_is_known(
     network, variables = make("llama"), {"params": params_of("llama")}
     length = TOKENS.shape[1]
     _, cache = step(network, variables, TOKENS, 2)
-    with pytest.raises(ValueError, match=f"{length + 2} slots, 0 of them taken: {length + 3} more"):
+    with pytest.raises(ValueError, match=f"2 slots, 0 of them taken: {length + 3} more"):
         step(network, variables | cache, np.ones((len(TOKENS), length + 3), int))
     options = dict(decode=True, mutable=["cache"])
     _, cache = network.apply(variables | cache, TOKENS[:, :2], **options)
-    with pytest.raises(ValueError, match=f"{length + 2} slots, {length + 2} of them taken: 1 more"):
+    with pytest.raises(ValueError, match="2 slots, 2 of them taken: 1 more"):
         network.apply(variables | cache, TOKENS[:, :1], **options)
 
 
