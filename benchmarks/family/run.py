@@ -28,7 +28,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 BASE = "all"
 WORLD = "family"
 TRIAL_SEED = 0
-RATES = (0.003, 0.01)
+RATES = (0.003, 0.01, 0.03)
+# Of a few examples.
+FEW_RATES = (0.001, 0.003, 0.01)
 SHOTS = (8, 32)
 # No method sees an answer to a question, nor the language mo, in training.
 HELD_OUT = tuple(("parse", code) for code in ("te", "to", "ki", "me"))
@@ -40,11 +42,19 @@ TARGETS["language"] = [f"{WORLD}_{task}_mo" for task in ("parse", "tag", "transl
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A gin file of methods/, and what is set beside it."""
+    """A gin file of methods/, and what is set beside it.
+
+    Attributes:
+      file, bindings: these.
+      rates, few_rates: what is tried on what is seen, and on a few examples.
+      macro: which rate that is.
+    """
 
     file: str
     bindings: tuple[str, ...] = ()
-    rates: tuple[float, float] = RATES
+    rates: tuple[float, ...] = RATES
+    few_rates: tuple[float, ...] = FEW_RATES
+    macro: str = "LEARNING_RATE"
 
 
 _EVERYWHERE = "ADAPTED_LAYERS = '.*/(query|key|value|out|wi|wi_0|wi_1|wo)'"
@@ -80,7 +90,7 @@ METHODS = {
         "pfeiffer", ("adapters.Bottleneck.size = 16", "ROUTER = @adapters.Features()")
     ),
     "ia3": Method("ia3"),
-    "full": Method("full", rates=(0.001, 0.003)),
+    "full": Method("full", rates=(0.0003, 0.001, 0.003), few_rates=(0.0003, 0.001, 0.003)),
 }
 
 
@@ -98,7 +108,16 @@ _NO_WAY = ("full", "lora_per_dataset")
 WAYS = {name: Way(method, name) for name, method in METHODS.items() if name not in _NO_WAY}
 WAYS |= {
     "mu": Way(Method("lora", (_HALVES, _COLLAPSE)), "poly_s"),
-    "z": Way(Method("poly_z", (*_SKILLS, _HEADS)), "poly_s"),
+    # Its routing trains, and nothing else does.
+    "z": Way(
+        Method(
+            "poly_z",
+            (*_SKILLS, _HEADS),
+            few_rates=(0.03, 0.1, 0.3),
+            macro="LOGITS_LEARNING_RATE",
+        ),
+        "poly_s",
+    ),
     "lora_from_base": Way(METHODS["lora"], None),
     "full_from_base": Way(METHODS["full"], None),
 }
@@ -128,6 +147,11 @@ class Cell:
     def method(self) -> Method:
         """What trains."""
         return WAYS[self.name_of].method if self.shots else METHODS[self.name_of]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Which rates its kind has to choose from."""
+        return self.method.few_rates if self.shots else self.method.rates
 
 
 @functools.cache
@@ -168,7 +192,7 @@ def few(cell: Cell, source: Cell | None, settings: Settings) -> study.Found:
         "BASE": settings.base(BASE),
         "MODEL_DIR": str(folder),
         "INITIAL_CHECKPOINT_PATH": start,
-        "LEARNING_RATE": cell.rate,
+        cell.method.macro: cell.rate,
         "METHOD": cell.name_of,
         "SHOTS": cell.shots,
         "fewshot.Protocol.seeds": (cell.seed,),
@@ -198,14 +222,16 @@ def do(job: tuple[Cell, Cell | None], settings: Settings) -> study.Found:
         world(settings.output)
         return train(settings)
 
-    return study.do(cell.name, config(cell, settings), work, settings.output / "logs" / cell.name)
+    log = settings.output / "logs" / cell.name
+    return study.do(cell.name, config(cell, source, settings), work, log)
 
 
-def config(cell: Cell, settings: Settings) -> dict[str, Any]:
+def config(cell: Cell, source: Cell | None, settings: Settings) -> dict[str, Any]:
     """What a cell was, for the store."""
     own = {
         "file": cell.method.file,
         "bindings": list(cell.method.bindings),
+        "source": source and source.name,
         "smoke": settings.smoke,
     }
     return dataclasses.asdict(cell) | own | {"bind": list(settings.bind)}
@@ -230,11 +256,14 @@ class Plan:
 
     def found(self, cell: Cell) -> study.Found | None:
         """What a cell gave; None if it is not done."""
-        return self._store.get(cell.name, config(cell, self._settings))
+        source = self.source(cell) if cell.shots else None
+        return self._store.get(cell.name, config(cell, source, self._settings))
 
     def rate(self, cell: Cell) -> float | None:
         """The best rate for what a cell is of, whatever its own rate and seed; None until all are known."""
-        rates = cell.method.rates
+        if cell.shots and not self._begun(cell):
+            return None
+        rates = cell.rates
         trials = [dataclasses.replace(cell, rate=rate, seed=TRIAL_SEED) for rate in rates]
         found = [self.found(trial) for trial in trials]
         if not all(found):
@@ -245,6 +274,10 @@ class Plan:
         else:
             best = [sum(by_dataset.values()) for by_dataset in scores]
         return rates[best.index(max(best))]
+
+    def _begun(self, cell: Cell) -> bool:
+        """Whether it is known what a way starts from, without which none of its cells was done."""
+        return WAYS[cell.name_of].source is None or self.source(cell) is not None
 
     def source(self, cell: Cell) -> Cell | None:
         """The cell whose checkpoint a way starts from; None for the base, or while the rate is not known."""
@@ -279,11 +312,14 @@ class Plan:
     def open(self) -> list[tuple[Cell, Cell | None]]:
         """(cell, its source) of what can be begun, in the order in which it should."""
         trials = (
-            dataclasses.replace(kind, rate=rate)
-            for kind in self.kinds()
-            for rate in kind.method.rates
+            dataclasses.replace(kind, rate=rate) for kind in self.kinds() for rate in kind.rates
         )
-        cells = [cell for cell in dict.fromkeys([*trials, *self.chosen()]) if not self.found(cell)]
+        known = (
+            cell
+            for cell in dict.fromkeys([*trials, *self.chosen()])
+            if not cell.shots or self._begun(cell)
+        )
+        cells = [cell for cell in known if not self.found(cell)]
         # The store may be kept where checkpoints are not: what is started from is then trained again.
         sources = dict.fromkeys(self.source(cell) for cell in cells if cell.shots)
         gone = [

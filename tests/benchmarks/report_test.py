@@ -83,18 +83,21 @@ def test_the_same_results_give_the_same_plots(folder):
 def test_the_family_has_plots_of_shots_and_of_routing(folder):
     store = study.Store(folder / "family" / "cells.jsonl")
     for name, value in {"poly_s": 50.0, "polytropon": 40.0, "lora": 45.0}.items():
+
+        def keep(cell, source, found):
+            config = family_study.config(cell, source, SETTINGS)
+            store.add({"name": cell.name, "config": config, **found})
+
         for rate in family_study.RATES:
-            cell = family_study.Cell(name, rate, 0)
             found = {"validation": {"parse ta": 1.0}, "test": {"parse ta": value, "qa ta": 0.0}}
             found |= {"trained": 1000, "steps": 10, "training_seconds": 5.0}
             found["routing"] = {"x_parse_ta": [0.4, 0.6]}
-            config = family_study.config(cell, SETTINGS)
-            store.add({"name": cell.name, "config": config, **found})
+            keep(family_study.Cell(name, rate, 0), None, found)
+        source = family_study.Cell(name, family_study.RATES[0], 0)
+        for rate in family_study.FEW_RATES:
             for shots in family_study.SHOTS:
-                cell = family_study.Cell(name, rate, 0, "task", shots)
                 found = {"validation": {"0": 0.0}, "test": {"qa ta": value + shots}}
-                config = family_study.config(cell, SETTINGS)
-                store.add({"name": cell.name, "config": config, **found})
+                keep(family_study.Cell(name, rate, 0, "task", shots), source, found)
     text, goals = report.family(folder / "out")
     assert "| poly_s | 58.0 | 1 |" in text and "task, 32 shots" in text
     values = {goal["name"]: goal["value"] for goal in goals}
