@@ -239,22 +239,47 @@ def zero_shot(output: pathlib.Path) -> Part:
 def _question(
     found: Scores, name: str, setting: str, ours: set[str], theirs: set[str]
 ) -> list[dict[str, Any]]:
-    """A goal: the mean over points of the best of ours less the best of theirs, in points of exact match, above 0."""
-    gaps = []
+    """A goal: the mean over points of the best of ours less the best of theirs, in points of exact match, above 0.
+
+    `error` is the standard error of that difference over seeds, None where a side has one seed: of the differences of
+    each seed where both sides have as many, else of two independent means.
+    """
+    gaps: list[float] = []
+    variances: list[float | None] = []
     for point in _distinct(point for point, _, _ in found):
         sides = [
-            [statistics.fmean(values) for (at, method, of), values in found.items()
-             if (at, of) == (point, setting) and method in side]
+            max(
+                (
+                    values
+                    for (at, method, of), values in found.items()
+                    if (at, of) == (point, setting) and method in side
+                ),
+                key=statistics.fmean,
+                default=[],
+            )
             for side in (ours, theirs)
-        ]  # fmt: skip
+        ]
         if all(sides):
-            gaps.append(max(sides[0]) - max(sides[1]))
+            gaps.append(statistics.fmean(sides[0]) - statistics.fmean(sides[1]))
+            variances.append(_variance(*sides))
     if not gaps:
         return []
-    value = round(statistics.fmean(gaps), 2)
-    return [
-        {"name": f"{name} ({len(gaps)} points)", "value": value, "goal": "> 0", "holds": value > 0}
-    ]
+    value, error = round(statistics.fmean(gaps), 2), None
+    known = [variance for variance in variances if variance is not None]
+    if len(known) == len(gaps):
+        error = round(sum(known) ** 0.5 / len(gaps), 2)
+    title = f"{name} ({len(gaps)} points)"
+    return [{"name": title, "value": value, "goal": "> 0", "holds": value > 0, "error": error}]
+
+
+def _variance(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+    """Of the difference of two means over seeds."""
+    if min(len(ours), len(theirs)) < 2:
+        return None
+    if len(ours) == len(theirs):
+        gaps = [one - other for one, other in zip(ours, theirs, strict=True)]
+        return statistics.variance(gaps) / len(gaps)
+    return sum(statistics.variance(values) / len(values) for values in (ours, theirs))
 
 
 Chosen = Sequence[tuple[zero_shot_study.Cell, study.Found]]
@@ -369,6 +394,13 @@ def family(output: pathlib.Path) -> Part:
         for title, ours, theirs in (
             ("Poly-S over Polytropon, few-shot", "poly_s", "polytropon"),
             ("Poly-S over shared LoRA, few-shot", "poly_s", "lora"),
+            ("Polytropon over shared LoRA, few-shot", "polytropon", "lora"),
+            (
+                "Polytropon routed by task over by dataset, few-shot",
+                "polytropon_by_task",
+                "polytropon",
+            ),
+            ("FLix over shared LoRA, few-shot", "flix", "lora"),
             ("mu over Poly-S, few-shot", "mu", "poly_s"),
             ("z over Poly-S, few-shot", "z", "poly_s"),
         ):
@@ -384,6 +416,8 @@ def family(output: pathlib.Path) -> Part:
             "adamix_adapter_no_consistency",
         ),
         ("FLix over bottlenecks against one bottleneck, seen", "flix_bottleneck", "pfeiffer"),
+        ("FLix x AdaMix over FLix, seen", "flix_adamix", "flix"),
+        ("Polytropon routed by task over by dataset, seen", "polytropon_by_task", "polytropon"),
     ):
         goals += _question(found, title, "seen", {ours}, {theirs})
     return "\n\n".join(parts), goals

@@ -136,3 +136,18 @@ def test_real_data_has_tables_by_language_and_its_questions(folder):
     assert values["mtop6: ours over LoRA of the same compute, seen (1 points)"] == 5.0
     assert values["mtop6: ours over FLix, held out (1 points)"] == 0.0
     assert "<svg" in (folder / "out" / "mtop6.svg").read_text()
+
+
+def test_a_question_is_answered_with_its_standard_error():
+    def asked(ours, theirs):
+        found = {("p", "a", "seen"): ours, ("p", "b", "seen"): theirs, ("q", "b", "seen"): [1.0]}
+        (goal,) = report._question(found, "a over b", "seen", {"a"}, {"b"})
+        return goal
+
+    goal = asked([3.0, 5.0, 7.0], [2.0, 3.0, 7.0])
+    assert (goal["name"], goal["value"], goal["holds"]) == ("a over b (1 points)", 1.0, True)
+    # Differences of 1, 2 and 0: their deviation is 1.
+    assert goal["error"] == round(1 / 3**0.5, 2)
+    # Not in pairs: variances of 4 and 2, of three and two seeds.
+    assert asked([3.0, 5.0, 7.0], [2.0, 4.0])["error"] == round((4 / 3 + 2 / 2) ** 0.5, 2)
+    assert asked([3.0, 5.0], [2.0])["error"] is None
