@@ -390,7 +390,7 @@ def family(output: pathlib.Path) -> Part:
                 output / name,
             )
         shown = {(point, method, "new"): values for (point, method), values in means.items()}
-        parts.append(table(shown, ["new"]))
+        parts.append(_across(means))
         for title, ours, theirs in (
             ("Poly-S over Polytropon, few-shot", "poly_s", "polytropon"),
             ("Poly-S over shared LoRA, few-shot", "poly_s", "lora"),
@@ -421,6 +421,17 @@ def family(output: pathlib.Path) -> Part:
     ):
         goals += _question(found, title, "seen", {ours}, {theirs})
     return "\n\n".join(parts), goals
+
+
+def _across(means: Mapping[tuple[str, str], Sequence[float]]) -> str:
+    """Methods down, points across: the mean over seeds, with its standard error, and the least number of seeds."""
+    points = _distinct(point for point, _ in means)
+    lines = ["| | " + " | ".join(points) + " | seeds |", "|---" * (len(points) + 2) + "|"]
+    for method in _distinct(method for _, method in means):
+        values = [means.get((point, method), []) for point in points]
+        shown = " | ".join(map(study.mean, values))
+        lines.append(f"| {method} | {shown} | {min(map(len, values))} |")
+    return "\n".join(lines)
 
 
 def mtop6(output: pathlib.Path) -> Part:

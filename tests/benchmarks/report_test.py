@@ -99,7 +99,8 @@ def test_the_family_has_plots_of_shots_and_of_routing(folder):
                 found = {"validation": {"0": 0.0}, "test": {"qa ta": value + shots}}
                 keep(family_study.Cell(name, rate, 0, "task", shots), source, found)
     text, goals = report.family(folder / "out")
-    assert "| poly_s | 58.0 | 1 |" in text and "task, 32 shots" in text
+    assert "| | task, 8 shots | task, 32 shots | seeds |" in text
+    assert "| poly_s | 58.0 | 82.0 | 1 |" in text
     values = {goal["name"]: goal["value"] for goal in goals}
     assert values["Poly-S over Polytropon, few-shot (2 points)"] == 10.0
     assert values["Poly-S over shared LoRA, few-shot (2 points)"] == 5.0
