@@ -133,9 +133,10 @@ def draw_scatter(
 def draw_lines(
     series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, path: pathlib.Path
 ) -> None:
-    """A line for each name."""
+    """A line for each name, which a legend beside the plot tells, the highest line's first."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    series = dict(sorted(series.items(), key=lambda item: -item[1][-1][1]))
     styles = ("-", "--", ":", "-.")
     for i, (name, line) in enumerate(series.items()):
         axis.plot(
@@ -144,7 +145,7 @@ def draw_lines(
     axis.set_xlabel(across)
     axis.set_ylabel(up)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, loc="outside right upper")
     _save(figure, path)
 
 
