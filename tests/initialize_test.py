@@ -1,10 +1,11 @@
 """Each parameter and each name has one source."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax import initialize
+from modjax import initialize, models, optimizers
 from modjax.features import FeatureSpace
 from modjax.provenance import CheckpointError
 
@@ -63,3 +64,25 @@ def test_the_frozen_base_is_kept_in_the_precision_asked_for():
     assert initialize.to_dtype(tree, None) is tree
     with pytest.raises(ValueError, match="float16 overflows"):
         initialize.to_dtype(tree, "float16")
+
+
+def test_a_start_traces_its_model_once(make_t5):
+    class Counted(models.EncoderDecoderModel):
+        count = 0
+
+        def init(self, rng, batch):
+            Counted.count += 1
+            return super().init(rng, batch)
+
+    space = FeatureSpace((), ())
+    # Made anew each time, as gin does.
+    for _ in range(2):
+        model = Counted(make_t5(vocab_size=16, num_encoder_layers=1, num_decoder_layers=1))
+        batch = model.example_batch({"inputs": 3, "targets": 2}, space)
+        layout = initialize.layout(model, batch, (optimizers.Group(".*"),))
+        drawn = initialize.host_init(model, batch, layout.trained, seed=0)
+        assert jax.tree.map(np.shape, drawn) == jax.tree.map(lambda x: x.shape, layout.trained)
+    assert Counted.count == 1
+    longer = model.example_batch({"inputs": 4, "targets": 2}, space)
+    initialize.variable_shapes(model, longer)
+    assert Counted.count == 2

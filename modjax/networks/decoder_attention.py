@@ -149,7 +149,7 @@ class Taken(NamedTuple):
       first: int32 `[]`, the slot behind the prompts' where the first token goes.
       here: int32 `[B, Q]`, the tokens' positions.
       there: int32 `[B, L]`, those of the tokens in the columns of keys, -1 where there is none.
-      own: bool `[B, Q, L]`, or None where all columns are the row's own: those of its beam.
+      own: bool `[B, Q, L]`, the columns of the row's prompt and of its beam; None in the first call, where all are.
       slots: P + M, how many positions there can be.
     """
 
