@@ -358,6 +358,7 @@ def config_of(
     dropout_rate: float = 0.0,
     scan_layers: bool = False,
     remat_policy: str = "none",
+    attention: str = "auto",
     dtype: str = "float32",
     head: str | None = None,
     num_outputs: int | None = None,
@@ -368,7 +369,7 @@ def config_of(
     Args:
       path: a folder as `modjax.hub.load_base` reads it.
       network: the kind that it must be: "t5", "decoder" or "encoder".
-      dropout_rate, scan_layers, remat_policy, dtype: see the kind's configuration.
+      dropout_rate, scan_layers, remat_policy, attention, dtype: see the kind's configuration.
       head, num_outputs: of an encoder, see `networks.encoder.EncoderConfig`; the folder's own if None.
 
     Raises:
@@ -381,6 +382,7 @@ def config_of(
         "dropout_rate": dropout_rate,
         "scan_layers": scan_layers,
         "remat_policy": remat_policy,
+        "attention": attention,
         "dtype": dtype,
     }
     config = hub.config_of(_base(path), network, **run)

@@ -188,13 +188,18 @@ def in_force(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
         _IN_FORCE.reset(token)
 
 
-def platform() -> str:
-    """What the step that is being traced will run on: "cpu", "gpu", "tpu".
+def device() -> Any:
+    """A device of those that the step that is being traced will run on.
 
-    By the devices of the mesh in force, which need not be here (`modjax.aot`); jax's default where there is none.
+    Of the mesh in force, whose devices need not be here (`modjax.aot`); jax's first one where there is none.
     """
     found = _IN_FORCE.get()
-    return jax.default_backend() if found is None else found[0].devices.flat[0].platform
+    return jax.devices()[0] if found is None else found[0].devices.flat[0]
+
+
+def platform() -> str:
+    """What the step that is being traced will run on: "cpu", "gpu", "tpu"."""
+    return str(device().platform)
 
 
 def rows_are_divided() -> bool:

@@ -42,6 +42,11 @@ def peak_flops(kind: str) -> float | None:
     return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
+# Matrix products of `[B, Q, H, K]` with `[B, L, G, K]` in attention that is one kernel (`networks.fused`): its logits
+# and the mean of its values; and backward the logits again, the gradients of queries, keys, values and weights.
+ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
 def product_flops(jaxpr: Any, batched: bool | None = None) -> float:
     """Operations of the matrix products in a traced program, two for each multiply-add.
 
@@ -59,6 +64,11 @@ def product_flops(jaxpr: Any, batched: bool | None = None) -> float:
                 continue
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             total += 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
+            continue
+        if eqn.primitive.name in ATTENTION:
+            if batched is not False:
+                query, key = (variable.aval.shape for variable in eqn.invars[:2])
+                total += ATTENTION[eqn.primitive.name] * 2.0 * math.prod(query) * key[1]
             continue
         inner = [
             product_flops(value, batched)

@@ -576,3 +576,29 @@ def test_a_run_that_freezes_nothing_or_exports_its_base_cannot_have_it_in_int8(f
     with pytest.raises(ValueError, match="EXPORT_DIR would get weights that int8 has rounded"):
         train("methods/bitfit.gin", train__train__export_dir=str(tmp_path / "out"), **options)
     assert not checkpoints.steps(tmp_path / "run")
+
+
+def test_a_wide_product_of_halves_is_that_of_their_float32_copies(monkeypatch):
+    draw = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(draw.normal(size=s), jnp.bfloat16) for s in ((2, 3, 64), (64, 7)))
+    weight = jnp.asarray(draw.normal(size=(2, 3, 7)), jnp.float32)
+
+    def both(x, kernel):
+        def total(x, kernel):
+            return jnp.sum(weight * quantization.product(x, kernel, jnp.float32))
+
+        return quantization.product(x, kernel, "float32"), *jax.grad(total, (0, 1))(x, kernel)
+
+    expected = both(x, kernel)
+    monkeypatch.setattr(quantization.partitioning, "platform", lambda: "gpu")
+    traced = str(jax.make_jaxpr(both)(x, kernel))
+    assert "preferred_element_type=float32" in traced and "f32[64,7]" not in traced
+    out, *slopes = both(x, kernel)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-5)
+    for found, exact in zip(slopes, expected[1:], strict=True):
+        assert found.dtype == exact.dtype == jnp.bfloat16
+        off = np.linalg.norm(np.float32(found) - np.float32(exact)) / np.linalg.norm(
+            np.float32(exact)
+        )
+        assert off < 2**-8

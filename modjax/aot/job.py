@@ -245,7 +245,8 @@ def model_flops(job: Job) -> float:
     """Operations of a step that no layout, recomputation or method changes: products of the base, forward, and
     backward to its activations, and to its weights where nothing is frozen. What adapters add is overhead.
     """
-    model = dataclasses.replace(job.model, module=job.model.network, consistency=0.0)
+    plain = {"consistency": 0.0, "loss_chunk": None}
+    model = dataclasses.replace(job.model, module=job.model.network, **plain)
     batch = model.example_batch(job.lengths, FeatureSpace((), ()), job.segments, job.batch_size)
     params = initialize.variable_shapes(model, batch)["params"]
     traced = jax.make_jaxpr(lambda params, batch: model.loss_sums(params, batch, None)[0])

@@ -12,7 +12,7 @@ from modjax.hub.layers import flatten
 from modjax.networks import decoder, encoder, t5
 
 # What a run chooses; the same weights serve any choice, so a folder does not say it.
-RUN_FIELDS = ("dropout_rate", "scan_layers", "remat_policy", "dtype")
+RUN_FIELDS = ("dropout_rate", "scan_layers", "remat_policy", "attention", "dtype")
 
 
 class Kind(NamedTuple):

@@ -7,12 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from modjax.errors import nearest
-from modjax.networks import layers
+from modjax.networks import fused, layers
+
+
+def _minimal(primitive: Any, *args: Any, **params: Any) -> Any:
+    """Keeps products with weights, and what attention makes where it is one kernel: neither is large."""
+    if primitive.name == fused.FORWARD:
+        return True
+    return jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims(primitive, *args, **params)
+
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "minimal": _minimal,
 }
 
 
@@ -36,8 +44,8 @@ def check(config: Any, sizes: Sequence[str]) -> None:
     """Brings the fields that all configurations have into their form, and checks them.
 
     Args:
-      config: a frozen dataclass with `mlp_activations`, `dropout_rate`, `remat_policy` and `dtype`; called from its
-        `__post_init__`.
+      config: a frozen dataclass with `mlp_activations`, `dropout_rate`, `remat_policy`, `attention` and `dtype`; called
+        from its `__post_init__`.
       sizes: the names of fields that must be at least 1.
 
     Raises:
@@ -50,4 +58,5 @@ def check(config: Any, sizes: Sequence[str]) -> None:
     require(config, bool(config.mlp_activations), "mlp_activations", "must name at least one")
     require_known(config, "mlp_activations", layers.ACTIVATIONS)
     require_known(config, "remat_policy", REMAT_POLICIES)
+    require_known(config, "attention", fused.CHOICES)
     require(config, 0.0 <= config.dropout_rate < 1.0, "dropout_rate", "must be in [0, 1)")

@@ -71,6 +71,7 @@ class DecoderConfig:
       dropout_rate: of embeddings, attention weights and block outputs.
       scan_layers: one `nn.scan` over stacked layers (leading layer axis) instead of unrolled ones.
       remat_policy: "none", "full" (recompute everything) or "minimal" (keep products with weights).
+      attention: "auto", one kernel where the device has one that fits (`fused`), or "plain", always written out.
       dtype: of activations, "float32" or "bfloat16"; parameters are created in float32.
     """
 
@@ -104,6 +105,7 @@ class DecoderConfig:
     dropout_rate: float = 0.0
     scan_layers: bool = False
     remat_policy: str = "none"
+    attention: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -342,7 +344,15 @@ class Transformer(nn.Module):
                 )
         x = self.token_embedder(jnp.maximum(tokens - cfg.token_offset, 0))
         x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
-        step = layers.Step(not enable_dropout, decode, max_decode_length)
+        hides = (decoder_target_tokens, decoder_segment_ids, prefix)
+        step = layers.Step(
+            not enable_dropout,
+            decode,
+            max_decode_length,
+            cfg.attention,
+            causal=prefix is None,
+            whole=all(given is None for given in hides) and not cfg.layer_windows().any(),
+        )
         y = self.decoder(x, mask[:, None], (here, there), index, step)
         return y if hidden else self.project(y)
 

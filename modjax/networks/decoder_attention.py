@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax import partitioning
-from modjax.networks import layers
+from modjax.networks import fused, layers
 from modjax.networks.rope import rotate
 
 Array = jax.Array
@@ -78,8 +78,21 @@ class GroupedAttention(nn.Module):
                 heads = norm(heads)
             return heads if table is None else rotate(heads, table)
 
+        out = layers.Dense(
+            width, ("joined_kv", "embed"), self.dtype, use_bias=self.out_bias, name="out"
+        )
+        step, joined = self.step, self.num_heads * self.head_dim
         query = place(project("query", self.num_heads), "query")
         key, value = place(project("key", groups), "key"), project("value", groups)
+        drops = self.dropout_rate > 0 and not step.deterministic
+        written_out = step.decode or self.softcap is not None
+        lengths = (length, length)
+        if not written_out and fused.fits(
+            step.attention, query.dtype, self.head_dim, lengths, drops
+        ):
+            added = None if step.whole else fused.added(mask, lengths, query.dtype)
+            heads = fused.attend(query, key, value, added, scale=self.scale, causal=step.causal)
+            return out(heads.reshape(rows, length, joined))
         keys, values = self._keep("key", key, index), self._keep("value", value, index)
         examples = len(keys[0])
         beams = rows // examples
@@ -106,7 +119,7 @@ class GroupedAttention(nn.Module):
         mask = mask.reshape(len(mask) // of_each, 1, of_each, 1, *mask.shape[2:])
         weights = jax.nn.softmax(jnp.where(mask, scores, layers.MASKED))
         weights = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-            weights.astype(self.dtype), deterministic=self.step.deterministic
+            weights.astype(self.dtype), deterministic=step.deterministic
         )
         parts = jnp.split(weights, np.cumsum([key.shape[-1] for key in keys])[:-1], -1)
         mixed: Any = sum(
@@ -114,10 +127,7 @@ class GroupedAttention(nn.Module):
             for part, value in zip(parts, values, strict=True)
         )
         mixed = jnp.transpose(mixed, (0, 2, 4, 1, 3, 5))
-        out = layers.Dense(
-            width, ("joined_kv", "embed"), self.dtype, use_bias=self.out_bias, name="out"
-        )
-        return out(mixed.reshape(rows, length, self.num_heads * self.head_dim))
+        return out(mixed.reshape(rows, length, joined))
 
     def _keep(self, name: str, heads: Array, index: Array) -> list[Array]:
         """All keys or values so far, `[B, G, head_dim, _]`: those at hand, or the prompts' and what came later."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from modjax import partitioning
-from modjax.networks import configuration, layers
+from modjax.networks import configuration, fused, layers
 from modjax.networks.stacking import stack
 
 Array = jax.Array
@@ -48,6 +48,7 @@ class EncoderConfig:
       dropout_rate: of embeddings, attention weights, block outputs and in the head.
       scan_layers: one `nn.scan` over stacked layers (leading layer axis) instead of unrolled ones.
       remat_policy: "none", "full" (recompute everything) or "minimal" (keep products with weights).
+      attention: "auto", one kernel where the device has one that fits (`fused`), or "plain", always written out.
       dtype: of activations, "float32" or "bfloat16"; parameters are created in float32.
     """
 
@@ -69,6 +70,7 @@ class EncoderConfig:
     dropout_rate: float = 0.0
     scan_layers: bool = False
     remat_policy: str = "none"
+    attention: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -106,16 +108,22 @@ class SelfAttention(nn.Module):
             )
             return layers.split_heads(dense(x), cfg.num_heads)
 
+        out = layers.Dense(width, ("joined_kv", "embed"), cfg.dtype, use_bias=True, name="out")
         query, key, value = project("query"), project("key"), project("value")
+        scale = cfg.head_dim**-0.5
+        drops = cfg.dropout_rate > 0 and not self.deterministic
+        lengths = (length, length)
+        if fused.fits(cfg.attention, query.dtype, cfg.head_dim, lengths, drops):
+            added = fused.added(mask, lengths, query.dtype)
+            mixed = fused.attend(query, key, value, added, scale=scale)
+            return out(mixed.reshape(batch, length, joined))
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        logits = jnp.where(mask, logits * cfg.head_dim**-0.5, layers.MASKED)
+        logits = jnp.where(mask, logits * scale, layers.MASKED)
         weights = nn.Dropout(cfg.dropout_rate)(
             jax.nn.softmax(logits).astype(cfg.dtype), deterministic=self.deterministic
         )
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, length, joined)
-        return layers.Dense(width, ("joined_kv", "embed"), cfg.dtype, use_bias=True, name="out")(
-            mixed
-        )
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        return out(mixed.reshape(batch, length, joined))
 
 
 class Layer(nn.Module):

@@ -15,6 +15,7 @@ import numpy as np
 from flax.linen.partitioning import param_with_axes
 
 from modjax import partitioning, quantization
+from modjax.networks import fused
 
 Array = jax.Array
 
@@ -186,6 +187,9 @@ class Step:
     deterministic: bool
     decode: bool = False
     max_decode_length: int = 0
+    attention: str = "auto"  # see `fused.fits`
+    causal: bool = False  # in self-attention, no token sees a later one,
+    whole: bool = False  # and each sees all the others
 
 
 def split_heads(x: Array, num_heads: int) -> Array:
@@ -221,7 +225,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, keys_from: Array | None, mask: Array, bias: Array | None, index: Array
+        self, x: Array, keys_from: Array | None, mask: Any, bias: Array | None, index: Array
     ) -> Array:
         step, joined = self.step, self.num_heads * self.head_dim
         batch, length, width = x.shape
@@ -233,10 +237,20 @@ class Attention(nn.Module):
         def to_cache(heads: Array) -> Array:
             return jnp.transpose(heads, (0, 2, 3, 1))
 
+        out = Dense(width, ("joined_kv", "embed"), self.dtype, name="out")
         query = project("query", x, 1.0 / self.head_dim)
         if not step.decode:
             source = x if keys_from is None else keys_from
-            key, value = to_cache(project("key", source)), to_cache(project("value", source))
+            key, value = project("key", source), project("value", source)
+            drops = self.dropout_rate > 0 and not step.deterministic
+            lengths = (length, key.shape[1])
+            if fused.fits(step.attention, query.dtype, self.head_dim, lengths, drops):
+                # Without a mask, the bias has it in it.
+                added = bias if mask is None else fused.added(mask, lengths, query.dtype, bias)
+                causal = step.causal and not self.cross
+                mixed = fused.attend(query, key, value, added, scale=1.0, causal=causal)
+                return out(mixed.reshape(batch, length, joined))
+            key, value = to_cache(key), to_cache(value)
         elif self.cross:
             # Computed at the first call only: the encoder's output does not change while decoding.
             source = x if keys_from is None else keys_from
@@ -274,7 +288,6 @@ class Attention(nn.Module):
             weights, deterministic=step.deterministic
         )
         mixed = jnp.einsum("bhqk,bhdk->bqhd", weights, value)
-        out = Dense(width, ("joined_kv", "embed"), self.dtype, name="out")
         return out(mixed.reshape(batch, length, joined))
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from modjax import partitioning
-from modjax.networks import configuration, layers
+from modjax.networks import configuration, fused, layers
 from modjax.networks.stacking import stack
 
 Array = jax.Array
@@ -43,6 +43,7 @@ class T5Config:
       relpos_buckets, relpos_max_distance: relative position buckets.
       scan_layers: one `nn.scan` over stacked layers (leading layer axis) instead of unrolled ones.
       remat_policy: "none", "full" (recompute everything) or "minimal" (keep products with weights).
+      attention: "auto", one kernel where the device has one that fits (`fused`), or "plain", always written out.
       dtype: of activations, "float32" or "bfloat16"; parameters are created in float32.
     """
 
@@ -61,6 +62,7 @@ class T5Config:
     relpos_max_distance: int = 128
     scan_layers: bool = False
     remat_policy: str = "none"
+    attention: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -131,6 +133,14 @@ class Stack(nn.Module):
         bias = None
         if not cfg.relpos_per_layer:
             bias = _position_bias(cfg, self.decoder)(*positions)
+            drops = cfg.dropout_rate > 0 and not step.deterministic
+            lengths = (x.shape[1], x.shape[1])
+            if not step.decode and fused.fits(
+                cfg.attention, cfg.dtype, cfg.head_dim, lengths, drops
+            ):
+                # Once for all layers.
+                bias = fused.added(masks[0], lengths, cfg.dtype, bias)
+                masks = (None, masks[1])
         depth = cfg.num_decoder_layers if self.decoder else cfg.num_encoder_layers
         settings, shared = (cfg, step, self.decoder), (encoded, masks, bias, positions)
         x = stack(Layer, settings, depth, cfg, x, shared, remat=not step.decode)
@@ -175,7 +185,7 @@ class Transformer(nn.Module):
             None,
             (mask, None),
             (positions, positions),
-            layers.Step(deterministic=not enable_dropout),
+            layers.Step(not enable_dropout, attention=self.config.attention),
         )
 
     def decode(
@@ -236,12 +246,14 @@ class Transformer(nn.Module):
             cross_mask = _same_segment(decoder_segment_ids, encoder_segment_ids)
         elif not decode and decoder_target_tokens is not None:
             mask = mask & (decoder_target_tokens > 0)[:, None, None, :]
+        attention = self.config.attention
+        step = layers.Step(not enable_dropout, decode, max_decode_length, attention, causal=True)
         y = self.decoder(
             self.token_embedder(decoder_input_tokens),
             encoded,
             (mask, cross_mask),
             (query_positions, key_positions),
-            layers.Step(not enable_dropout, decode, max_decode_length),
+            step,
         )
         return y if hidden else self.project(y)
 
