@@ -20,6 +20,7 @@ from modjax.adapters.banks import Leaf
 from modjax.adapters.low_rank import Gates, column_gates
 from modjax.adapters.routing import ModuleName, Routing, Shares, as_shares
 from modjax.errors import nearest
+from modjax.parameters import parameter
 
 Array = jax.Array
 ACTIVATIONS = {"gelu": nn.gelu, "relu": nn.relu}
@@ -200,10 +201,10 @@ class BottleneckBank(nn.Module):
         zeros = nn.initializers.zeros
         modules = 1 if self.share_up else self.num_modules
         rows = self.num_columns // self.num_modules if self.share_up else self.num_columns
-        down = self.param("down", uniform, (features, self.num_columns)).astype(y.dtype)
-        bias = self.param("down_bias", zeros, (self.num_columns,)).astype(y.dtype)
-        up = self.param("up", zeros, (rows, features)).astype(y.dtype)
-        up_bias = self.param("up_bias", zeros, (modules, features)).astype(y.dtype)
+        down = parameter(self, "down", uniform, (features, self.num_columns)).astype(y.dtype)
+        bias = parameter(self, "down_bias", zeros, (self.num_columns,)).astype(y.dtype)
+        up = parameter(self, "up", zeros, (rows, features)).astype(y.dtype)
+        up_bias = parameter(self, "up_bias", zeros, (modules, features)).astype(y.dtype)
         act = ACTIVATIONS[self.activation]
         if isinstance(gates, Gates):
             hidden = act(banks.product(y, down) + bias) * gates.dense.astype(y.dtype)

@@ -21,6 +21,7 @@ from modjax.adapters import banks, lookup
 from modjax.adapters.banks import Leaf, belongs
 from modjax.adapters.routing import ModuleName, Routing, Shares, as_shares
 from modjax.errors import nearest
+from modjax.parameters import parameter
 
 Array = jax.Array
 FORMS = ("auto", "dense", "gathered")
@@ -311,8 +312,8 @@ class LowRankBank(nn.Module):
         def uniform(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-        a = self.param("a", uniform, (width, self.num_columns)).astype(x.dtype)
-        b = self.param("b", nn.initializers.zeros, (self.num_rows, features)).astype(x.dtype)
+        a = parameter(self, "a", uniform, (width, self.num_columns)).astype(x.dtype)
+        b = parameter(self, "b", nn.initializers.zeros, (self.num_rows, features)).astype(x.dtype)
         if self.dropout and train:
             x = nn.Dropout(self.dropout)(x, deterministic=False)
         if isinstance(gates, Shares):

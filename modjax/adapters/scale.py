@@ -16,6 +16,7 @@ from modjax.adapters import banks
 from modjax.adapters.banks import Leaf
 from modjax.adapters.routing import ModuleName, Routing, Shares, as_shares
 from modjax.errors import nearest
+from modjax.parameters import parameter
 
 Array = jax.Array
 SIDES = ("output", "input")
@@ -117,7 +118,7 @@ class ScaleBank(nn.Module):
         assert units is not None
         *lead, width = units.shape
         weights = gates.down.astype(units.dtype)
-        scale = self.param("scale", nn.initializers.ones, (self.num_modules, width))
+        scale = parameter(self, "scale", nn.initializers.ones, (self.num_modules, width))
         moved = (scale - 1).astype(units.dtype)
         blocks = moved.reshape(self.num_modules, weights.shape[-2], -1)
         factor = 1 + jnp.einsum("blhm,mhw->blhw", weights, blocks).reshape(

@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.partitioning import param_with_axes
 
 from modjax import partitioning, quantization
 from modjax.networks import fused
+from modjax.parameters import parameter
 
 Array = jax.Array
 
@@ -45,13 +45,11 @@ class Dense(nn.Module):
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
         shape = (x.shape[-1], self.features)
         # Boxed, for a quantised kernel is one that is multiplied as it is.
-        kernel = param_with_axes(
-            "kernel", init, shape, jnp.float32, axes=self.kernel_axes, unbox=False
-        )
+        kernel = parameter(self, "kernel", init, shape, self.kernel_axes, unbox=False)
         y = quantization.product(x, kernel, self.dtype)
         if self.use_bias:
             zeros, axes = nn.initializers.zeros, self.kernel_axes[1:]
-            bias = param_with_axes("bias", zeros, (self.features,), jnp.float32, axes=axes)
+            bias = parameter(self, "bias", zeros, (self.features,), axes)
             y = y + bias.astype(self.dtype)
         return y
 
@@ -67,7 +65,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.constant(1.0 - self.offset)
-        scale = param_with_axes("scale", init, (x.shape[-1],), jnp.float32, axes=(self.axis,))
+        scale = parameter(self, "scale", init, (x.shape[-1],), (self.axis,))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * (self.offset + scale)).astype(self.dtype)
@@ -82,8 +80,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape, axes = (x.shape[-1],), ("embed",)
-        scale = param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=axes)
-        bias = param_with_axes("bias", nn.initializers.zeros, shape, jnp.float32, axes=axes)
+        scale = parameter(self, "scale", nn.initializers.ones, shape, axes)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape, axes)
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
@@ -100,9 +98,7 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         init, shape = nn.initializers.normal(self.stddev), (self.vocab_size, self.emb_dim)
-        self.embedding = param_with_axes(
-            "embedding", init, shape, jnp.float32, axes=("vocab", "embed"), unbox=False
-        )
+        self.embedding = parameter(self, "embedding", init, shape, ("vocab", "embed"), unbox=False)
 
     def __call__(self, tokens: Array) -> Array:
         # Each device looks up its slice of the width for all rows that share the table, and then hands rows out: left
@@ -167,12 +163,12 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, query_positions: Array, key_positions: Array) -> Array:
-        table = param_with_axes(
+        table = parameter(
+            self,
             "rel_embedding",
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
             (self.num_heads, self.buckets),
-            jnp.float32,
-            axes=("heads", "relpos_buckets"),
+            ("heads", "relpos_buckets"),
         )
         far = self.max_distance
         buckets = jnp.asarray(position_buckets(self.bidirectional, self.buckets, far))

@@ -90,7 +90,7 @@ def loss_and_gradient(name, packed, params=None, **changes):
     made, batch = network_and_batch(name, packed)
     network = made(dataclasses.replace(CONFIGS[name], **changes))
     if params is None:
-        params = network.init(jax.random.key(0), **batch)["params"]
+        params = jax.jit(network.init)(jax.random.key(0), **batch)["params"]
     real = next(iter(batch.values())) > 0
 
     def loss(params):
@@ -148,10 +148,10 @@ def test_causal_attention_over_everything_needs_no_mask(windows, calls):
         network = made(dataclasses.replace(CONFIGS["decoder_windows"], dtype="bfloat16"))
     plain = network.clone(config=dataclasses.replace(network.config, attention="plain"))
     tokens = batch["decoder_input_tokens"]
-    params = network.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(network.init)(jax.random.key(0), tokens)["params"]
     assert {call[1] is None for call in calls} == {not windows}
     found, expected, exact = (
-        one.apply({"params": params}, tokens)
+        jax.jit(one.apply)({"params": params}, tokens)
         for one in (network, plain, made(dataclasses.replace(plain.config, dtype="float32")))
     )
     assert apart(found, exact) < max(1.5 * apart(expected, exact), 0.004)
@@ -178,7 +178,7 @@ def test_what_a_row_sees_of_its_padding_does_not_change_its_loss():
         decoder_target_tokens=tokens,
         decoder_loss_weights=(tokens > 0).astype(jnp.int32),
     )
-    params = network.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(network.init)(jax.random.key(0), tokens)["params"]
     loss = model.loss_fn(params, batch, None)[0]
     logits = network.apply({"params": params}, *[batch[name] for name in model.INPUTS])
     token = jnp.maximum(tokens - 1, 0)[..., None]
@@ -244,7 +244,7 @@ def test_the_kernels_operations_are_counted_as_if_it_were_written_out(name, trac
 def test_what_the_kernel_cannot_do_is_written_out(changes, calls):
     made, batch = network_and_batch("decoder", False)
     network = made(dataclasses.replace(CONFIGS["decoder"], **changes))
-    network.init(jax.random.key(0), **batch)
+    jax.eval_shape(network.init, jax.random.key(0), **batch)
     assert not calls
 
 
