@@ -14,7 +14,7 @@ import eval as eval_entry
 import train as train_entry
 from modjax import checkpoints, hub
 from modjax.hub import tokenizers
-from modjax.networks import decoder, encoder
+from modjax.networks import decoder, encoder, t5
 from tests.testdata import tokenizer_folders
 
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
@@ -124,6 +124,31 @@ def test_flix_on_a_decoder_trains_packed_writes_and_chooses(bases, tmp_path):
     assert said <= {"el", "ru", "ko"}
     # The language is a feature of the dataset, so that FLix has nothing to find out.
     assert np.mean([row["value"] for row in rows]) > 60
+
+
+@pytest.mark.parametrize(
+    "file", ["decoder_folder", "encoder_folder", "folder", "t5_small", "llama3_8b"]
+)
+def test_a_run_says_how_layers_of_any_base_compute(file, bases, tmp_path):
+    from modjax import launch
+    from modjax.aot import job as jobs
+
+    folder = bases.get(file.removesuffix("_folder"), tmp_path)
+    if file == "folder":
+        config = t5.T5Config(vocab_size=8, emb_dim=8, num_heads=1, head_dim=8, mlp_dim=8)
+        config = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
+        tokens = jax.numpy.ones((1, 4), int)
+        made = jax.jit(t5.Transformer(config).init)(jax.random.key(0), tokens, tokens)
+        hub.save_base(tmp_path, config, made["params"])
+    said = dict(DTYPE="bfloat16", REMAT_POLICY="minimal", SCAN_LAYERS=True)
+    for asked in ({}, said):
+        gin.clear_config(clear_constants=True)
+        outputs = {"NUM_OUTPUTS": 2} if file == "encoder_folder" else {}
+        files = (f"bases/{file}.gin", "methods/lora.gin", "runs/finetune.gin")
+        argv = flags(files, LENGTHS, BASE=folder, **outputs, **asked)
+        config = jobs.from_gin(launch.parse_flags(argv, ""), {"task": 1}, 0).model.network.config
+        found = (config.dtype, config.remat_policy, config.scan_layers)
+        assert found == (tuple(said.values()) if asked else ("float32", "none", False))
 
 
 def test_a_head_trains_with_lora_on_an_encoder_and_is_in_the_checkpoint(bases, tmp_path):
