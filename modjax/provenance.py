@@ -61,9 +61,28 @@ def check_same(part: str, stored: Any, current: Any, path: Any) -> None:
     lines = differences(json.loads(json.dumps(stored)), json.loads(json.dumps(current)))
     lines = [line for line in lines if not line.startswith("digest:")] or lines
     if lines:
+        there, here = is_scanned(stored), is_scanned(current)
+        if there is not None and here is not None and there != here:
+            raise CheckpointError(
+                f"the checkpoint {path} was made with SCAN_LAYERS = {there}, and this run has {here}: set it as there "
+                "(scan_layers of the network's configuration)"
+            )
         more = f"\n  ... and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise CheckpointError(
             f"the checkpoint {path} was made with another {part}:\n  "
             + "\n  ".join(lines[:8])
             + more
         )
+
+
+def is_scanned(part: Any) -> bool | None:
+    """Whether parameters are those of scanned layers, by their paths; None where there are no layers.
+
+    Args:
+      part: {path: of a parameter}, or what `fingerprint` gives.
+    """
+    paths = part.get("arrays", part) if isinstance(part, Mapping) else ()
+    names = {name for path in paths for name in str(path).split("/")}
+    if "layers" in names:
+        return True
+    return False if any(name.startswith("layers_") for name in names) else None

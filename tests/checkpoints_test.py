@@ -243,6 +243,18 @@ def test_a_fingerprint_tells_names_shapes_dtypes_and_values_apart():
     assert provenance.fingerprint(bfloat16)["arrays"]["a/kernel"].startswith("bfloat16[2,3] ")
 
 
+@pytest.mark.parametrize("part", ["base", "set of trained parameters"])
+def test_a_checkpoint_of_scanned_layers_says_how_it_is_read(part):
+    one = {"decoder/layers/query/kernel": "float32[2,8,8]", "norm/scale": "float32[8]"}
+    other = {f"decoder/layers_{i}/query/kernel": "float32[8,8]" for i in range(2)}
+    parts = [{"digest": str(i), "arrays": tree} for i, tree in enumerate((one, other))]
+    parts = parts if part == "base" else [one, other]
+    with pytest.raises(checkpoints.CheckpointError, match="SCAN_LAYERS = True, and this run has F"):
+        provenance.check_same(part, *parts, "here")
+    with pytest.raises(checkpoints.CheckpointError, match="SCAN_LAYERS = False, and this run has"):
+        provenance.check_same(part, *reversed(parts), "here")
+
+
 def test_a_model_dir_that_cannot_be_written_fails_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(checkpoints.CheckpointError, match="file/run cannot be written"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from modjax import adapters, checkpoints, initialize, models
+from modjax import adapters, checkpoints, initialize, models, provenance
 from modjax.adapters import trees
 from modjax.hub import hf_t5
 from modjax.hub.base import Base, is_base, load_base, open_base
@@ -153,8 +153,8 @@ def open_run(run: str | os.PathLike[str], base: str | os.PathLike[str] | None = 
             f"{where} was trained on the base {folder}, which is not here: say where it is (--base FOLDER)."
         )
     opened = open_base(folder)
-    paths = [*metadata["trained"], *metadata["base"]["arrays"]]
-    scan = any("/layers/" in path for path in paths)
+    paths = dict.fromkeys([*metadata["trained"], *metadata["base"]["arrays"]])
+    scan = bool(provenance.is_scanned(paths))
     changes = {"scan_layers": scan, **_head(metadata["trained"])}
     network = opened.kind.network(opened.kind.config(**{**opened.fields, **changes}))
     if metadata["method"] != "full":
