@@ -218,7 +218,7 @@ def load_gin(flags: Flags, entry: str) -> None:
     readers[:] = [(read, _quietly(exists)) for read, exists in before]
     try:
         gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
-        _check_macros(gin)
+        _check_macros(gin, flags)
         gin.finalize()
     except ConfigError:
         raise
@@ -288,8 +288,12 @@ def _check_configured(gin: Any, name: str) -> None:
         )
 
 
-def _check_macros(gin: Any) -> None:
-    """Macros that nothing refers to are misspelt; macros that nothing sets are missing."""
+def _check_macros(gin: Any, flags: Flags) -> None:
+    """Macros that nothing refers to are misspelt; macros that nothing sets are missing.
+
+    What `recipes/loss.gin` sets for all bases may be left unused: by a binding of what it is for, or by a base that has
+    no such thing.
+    """
     config = gin.config._CONFIG
     selector = "gin.macro"
     given = {scope: values for (scope, name), values in config.items() if name == selector}
@@ -302,10 +306,14 @@ def _check_macros(gin: Any) -> None:
     for name in sorted(used - set(given), key=lambda name: (name not in _HINTS, name)):
         hint = f" (a file of gin_configs/{_HINTS[name]} sets it)" if name in _HINTS else ""
         raise ConfigError(f"the macro {name} is used but not set{hint}.{nearest(name, given)}")
-    for name in sorted(set(given) - used):
-        raise ConfigError(
-            f"the macro {name} is set but nothing uses it.{nearest(name, sorted(used))}"
-        )
+    if idle := sorted(set(given) - used):
+        recipe = str(CONFIGS / "recipes" / "loss.gin")
+        set_by_users = {b.name for b in _bindings(flags) if not b.where.startswith(recipe)}
+        for name in idle:
+            if name in set_by_users:
+                raise ConfigError(
+                    f"the macro {name} is set but nothing uses it.{nearest(name, sorted(used))}"
+                )
     for name, values in sorted(given.items()):
         value = values.get("value")
         if isinstance(value, gin.config.ConfigurableReference) and "REQUIRED" in repr(value):

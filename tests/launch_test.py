@@ -55,6 +55,13 @@ def test_bindings_win_over_files_and_may_name_what_no_file_names():
     assert gin.query_parameter("BATCH_SIZE/gin.macro.value") == 7
 
 
+def test_a_binding_may_take_the_place_of_a_macro_that_our_files_set_and_not_of_ones_own():
+    direct = ("--gin.t5.T5Config.scan_layers=True", "--gin.t5.T5Config.dtype='bfloat16'")
+    load(BASE, METHOD, RUN, *SET, *direct)
+    with pytest.raises(launch.ConfigError, match="DTYPE is set but nothing uses it"):
+        load(BASE, METHOD, RUN, *SET, *direct, "--gin.DTYPE='bfloat16'")
+
+
 def test_users_files_are_found_on_the_search_path(tmp_path):
     (tmp_path / "mine.gin").write_text("include 'runs/pretrain.gin'\nBATCH_SIZE = 5\n")
     load(f"--gin_search_paths={tmp_path}", BASE, METHOD, "--gin_file=mine.gin", *SET)
