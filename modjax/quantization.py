@@ -182,7 +182,7 @@ def product(x: Array, kernel: Any, dtype: Any) -> Array:
     if isinstance(kernel, Quantized):
         return _scaled_product(x.astype(dtype), kernel)
     half = x.dtype == kernel.dtype == jnp.bfloat16
-    if half and jnp.dtype(dtype) == jnp.float32 and partitioning.platform() != "cpu":
+    if half and jnp.dtype(dtype) == jnp.float32 and partitioning.platform() == "gpu":
         return _wide_product(x, kernel)
     return jnp.dot(x.astype(dtype), kernel.astype(dtype))
 
@@ -191,7 +191,7 @@ def product(x: Array, kernel: Any, dtype: Any) -> Array:
 def _wide_product(x: Array, kernel: Array) -> Array:
     """The float32 product of bfloat16 matrices, as exact as that of the same numbers in float32.
 
-    Accelerators multiply bfloat16 several times as fast, and no float32 copy of the kernel is made. Backward, what
+    GPUs multiply bfloat16 several times as fast, and no float32 copy of the kernel is made. Backward, what
     comes in is rounded to bfloat16, as the gradients that leave are.
     """
     return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
