@@ -35,9 +35,9 @@ class DecoderOnlyModel(GeneratingModel):
     INPUTS: ClassVar[tuple[str, ...]] = ("decoder_input_tokens", "decoder_target_tokens")
 
     def _arguments(self, batch: Batch) -> tuple[list[Array], dict[str, Array]]:
-        given = [as_ids(batch[name]) for name in self.INPUTS]
+        given: list[Any] = [as_ids(batch[name]) for name in self.INPUTS]
         if "decoder_segment_ids" not in batch:
-            given = given[:1]  # padding is on the right, where no token sees it
+            given[1] = None  # padding is on the right, where no token sees it
         names = ["decoder_segment_ids", "decoder_positions"]
         names += ["decoder_causal_attention"] if self.prefix else []
         return given, {name: as_ids(batch[name]) for name in names if name in batch}

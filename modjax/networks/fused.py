@@ -1,8 +1,8 @@
 """Attention as one kernel of the device: cuDNN's on NVIDIA GPUs, by `jax.nn.dot_product_attention`.
 
 Written out, attention's logits travel through the device's memory several times, which takes longer than its products
-once rows are a few hundred tokens long (`benchmarks/gpu.py`). The networks write it out wherever `fits` says
-no: on other devices, in float32, with dropout, with a bound on the logits, and in decoding.
+once rows are a few hundred tokens long (`benchmarks/gpu.py`). The networks write it out wherever `fits` says no: on
+other devices, in float32, with dropout, with a bound on the logits, and in decoding.
 
 Shapes: `B` batch, `Q` query and `L` key positions, `H` heads of queries, `G` of keys and values, `K` their width.
 """
@@ -60,7 +60,10 @@ def added(mask: Array, lengths: tuple[int, int], dtype: Any, bias: Array | None 
     """
     hidden = jnp.where(mask, 0.0, HIDDEN).astype(dtype)
     hidden = jnp.broadcast_to(hidden, (mask.shape[0], 1, *lengths))
-    return hidden if bias is None else bias.astype(dtype) + hidden
+    found = hidden if bias is None else bias.astype(dtype) + hidden
+    # As queries are divided, which the kernel asks for.
+    names = ("batch" if len(found) > 1 else None, "heads" if found.shape[1] > 1 else None)
+    return partitioning.constrain(found, (*names, None, None))
 
 
 def attend(
