@@ -8,9 +8,9 @@ in float32 by AdamW, on a base in bfloat16; FLix has 200 feature values of rank 
 a process of its own with the whole card, for one cannot hold two bases; they take turns, so often as --rounds says.
 
 Ours keeps products with weights and makes the rest again in the backward pass (remat "minimal"). Theirs is transformers
-with its fused attention (sdpa) and peft under bfloat16 autocast, as `Trainer(bf16=True)` runs them, with and without
-gradient checkpointing, and once with adapters in bfloat16 as well, each with the most rows that fit; what of these is
-fastest is what ours is compared with. The layers of Llama are unrolled, those of T5 a loop (see `Case`).
+(Llama with its fused attention, sdpa) and peft under bfloat16 autocast, as `Trainer(bf16=True)` runs them, with and
+without gradient checkpointing, and once with adapters in bfloat16 as well, each with the most rows that fit; what of
+these is fastest is what ours is compared with. The layers of Llama are unrolled, those of T5 a loop (see `Case`).
 
 MFU is by the operations that the base needs at least: forward, and backward to its activations, attention over all
 pairs of tokens included, adapters and whatever is made again left out (`modjax.aot.job.model_flops`).
@@ -156,11 +156,8 @@ def useful_flops(model: Any, lengths: Mapping[str, int], rows: int) -> float:
     from modjax import optimizers, partitioning
     from modjax.aot import job
 
-    config = dataclasses.replace(model.network.config, attention="plain")
-    network = model.network.clone(config=config)
-    plain = dataclasses.replace(model, module=model.adapted.clone(network=network))
     made = job.Job(
-        plain, optimizers.Optimizer(), partitioning.Partitioner(), lengths, rows, 1, None, None
+        model, optimizers.Optimizer(), partitioning.Partitioner(), lengths, rows, 1, None, None
     )
     return job.model_flops(made)
 
@@ -179,8 +176,6 @@ def batch_of(model: Any, lengths: Mapping[str, int], rows: int) -> dict[str, np.
             batch[name] = np.stack(values, axis=-1).astype(shape.dtype)
         else:
             batch[name] = np.ones(shape.shape, shape.dtype)
-    if "decoder_causal_attention" in batch:  # a plain causal model's: no prefix
-        batch["decoder_causal_attention"][:] = 0
     return batch
 
 

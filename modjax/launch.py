@@ -306,14 +306,13 @@ def _check_macros(gin: Any, flags: Flags) -> None:
     for name in sorted(used - set(given), key=lambda name: (name not in _HINTS, name)):
         hint = f" (a file of gin_configs/{_HINTS[name]} sets it)" if name in _HINTS else ""
         raise ConfigError(f"the macro {name} is used but not set{hint}.{nearest(name, given)}")
-    if idle := sorted(set(given) - used):
+    if idle := set(given) - used:
         recipe = str(CONFIGS / "recipes" / "loss.gin")
-        set_by_users = {b.name for b in _bindings(flags) if not b.where.startswith(recipe)}
-        for name in idle:
-            if name in set_by_users:
-                raise ConfigError(
-                    f"the macro {name} is set but nothing uses it.{nearest(name, sorted(used))}"
-                )
+        elsewhere = {b.name for b in _bindings(flags) if not b.where.startswith(recipe)}
+        for name in sorted(idle & elsewhere):
+            raise ConfigError(
+                f"the macro {name} is set but nothing uses it.{nearest(name, sorted(used))}"
+            )
     for name, values in sorted(given.items()):
         value = values.get("value")
         if isinstance(value, gin.config.ConfigurableReference) and "REQUIRED" in repr(value):

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from modjax.logging import duration
+from modjax.networks import fused
 
 # Operations a second of one device in bfloat16 without sparsity, by `device_kind`: as the vendors state them, written
 # down from memory and not checked against their pages.
@@ -44,7 +45,7 @@ def peak_flops(kind: str) -> float | None:
 
 # Matrix products of `[B, Q, H, K]` with `[B, L, G, K]` in attention that is one kernel (`networks.fused`): its logits
 # and the mean of its values; and backward the logits again, the gradients of queries, keys, values and weights.
-ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+ATTENTION = {fused.FORWARD: 2, fused.BACKWARD: 5}
 
 
 def product_flops(jaxpr: Any, batched: bool | None = None) -> float:

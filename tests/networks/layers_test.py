@@ -1,5 +1,7 @@
 """The parts of a layer by themselves; the networks' tests try them together."""
 
+import flax
+import jax
 import numpy as np
 import pytest
 
@@ -22,3 +24,17 @@ def test_position_buckets_are_exact_when_near_logarithmic_when_far(bidirectional
     assert past[exact:].tolist() == expected
     future = table[129:]
     assert (future == (16 + past[1:] if bidirectional else 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (layers.Dense(3, ("embed", "mlp")), np.ones((2, 5), np.float32)),
+        (layers.RMSNorm(), np.ones((2, 5), np.float32)),
+    ],
+)
+def test_a_parameter_of_another_shape_is_refused_and_named(layer, x):
+    params = layer.init(jax.random.key(0), np.ones((2, 4), np.float32))
+    name = "kernel" if isinstance(layer, layers.Dense) else "scale"
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=f'parameter "{name}"'):
+        layer.apply(params, x)
