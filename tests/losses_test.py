@@ -61,10 +61,14 @@ def test_no_array_of_all_logits_is_made():
         told = losses.chunked_cross_entropy(lambda p, y: y @ p.T, table, hidden, targets, 4)
         return jnp.sum(told[0])
 
+    def loops(text):
+        """Scans; XLA may make loops of other operations, of a scatter for one."""
+        return sum(" while(" in line and '/while"' in line for line in text.splitlines())
+
     text = jax.jit(jax.grad(loss)).lower(hidden, table).compile().as_text()
     assert "f32[2,4,640]" in text or "f32[8,640]" in text
     assert "f32[2,32,640]" not in text and "f32[64,640]" not in text
     # One loop: the other one, for a gradient of the table, is made where it is asked for.
-    assert text.count(" while(") == 1
+    assert loops(text) == 1
     both = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table).compile().as_text()
-    assert both.count(" while(") == 2
+    assert loops(both) == 2
