@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax import errors
@@ -47,6 +48,8 @@ RULES: Rules = (
     ("module", None),
 )
 ADAPTERS = ("sharded", "replicated")
+# The name of what `move` marks: rematerialisation keeps it, or it would be sent again.
+SENT = "sent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +225,17 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(mesh, spec(names, x.shape, mesh, rules))
     )
+
+
+def move(x: jax.Array, names: Sequence[str | None], to: Sequence[str | None]) -> jax.Array:
+    """An activation placed by `names` and then by `to`, marked as `SENT` if devices send each other parts of it."""
+    moved = constrain(constrain(x, names), to)
+    found = _IN_FORCE.get()
+    if found is None:
+        return moved
+    mesh, rules = found
+    here, there = (NamedSharding(mesh, spec(way, x.shape, mesh, rules)) for way in (names, to))
+    return moved if here.is_equivalent_to(there, x.ndim) else checkpoint_name(moved, SENT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

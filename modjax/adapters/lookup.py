@@ -3,7 +3,8 @@
 A bank's width may be divided over the devices that share a copy of the base, and a batch's rows are divided over all.
 Each device looks up its slice of the width for all rows of those devices, and they hand the rows out; backward, rows
 come back likewise, and each device makes its slice of the bank's gradient, so that the devices that hold the same slice
-add up no more than that. Left to itself, XLA makes the whole gradient on each device and adds up those.
+add up no more than that. What was handed out is kept by a network that recomputes its layers. Left to itself, XLA makes
+the whole gradient on each device and adds up those.
 
 Legend: `B` batch, `D` width, `R` columns of the bank, `N` columns of a row.
 """
@@ -29,8 +30,7 @@ def columns(table: Array, index: Array, axis: str | None) -> Array:
         index = partitioning.constrain(index, ("lookup", None))
     found = _columns(table, index)
     if axis is not None:
-        found = partitioning.constrain(found, (axis, "lookup", None))
-        found = partitioning.constrain(found, (None, "batch", None))
+        found = partitioning.move(found, (axis, "lookup", None), (None, "batch", None))
     return found
 
 
@@ -40,8 +40,7 @@ def rows(table: Array, index: Array, axis: str | None) -> Array:
         index = partitioning.constrain(index, ("lookup", None))
     found = _rows(table, index)
     if axis is not None:
-        found = partitioning.constrain(found, ("lookup", None, axis))
-        found = partitioning.constrain(found, ("batch", None, axis))
+        found = partitioning.move(found, ("lookup", None, axis), ("batch", None, axis))
     return found
 
 

@@ -6,20 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from modjax import partitioning
 from modjax.errors import nearest
 from modjax.networks import fused, layers
+
+_sent = jax.checkpoint_policies.save_only_these_names(partitioning.SENT)
 
 
 def _minimal(primitive: Any, *args: Any, **params: Any) -> Any:
     """Keeps products with weights, and what attention makes where it is one kernel: neither is large."""
     if primitive.name == fused.FORWARD:
         return True
-    return jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims(primitive, *args, **params)
+    dots = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+    return dots(primitive, *args, **params) or _sent(primitive, *args, **params)
 
 
+# What is kept beside a layer's input; all keep what devices have sent each other for a row (`partitioning.move`).
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": _sent,
     "minimal": _minimal,
 }
 

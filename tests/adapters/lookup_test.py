@@ -13,6 +13,10 @@ TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
 LAYOUTS = {"8x1x1": 1, "1x8x1": 8, "1x1x8": 8, "2x4x1": 4, "4x1x2": 1, "1x4x2": 4, "2x2x2": 2}
 
 
+# As in testdata/lookups.py.
+WIDTH, FEATURES, ROWS, ACTIVE = 16, 32, 16, 6
+
+
 @pytest.fixture(scope="module")
 def results():
     """What testdata/lookups.py printed for `LAYOUTS`, in a process of eight devices."""
@@ -33,3 +37,12 @@ def test_the_gradient_is_that_of_one_device(results, layout):
 def test_devices_add_up_their_slices_of_the_gradient_only(results, layout):
     # Of both banks at once, one of which is twice as wide as the other.
     assert results[layout]["added"] <= 3 / LAYOUTS[layout]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_device_is_sent_its_columns_once_and_their_gradient_once_though_layers_are_recomputed(
+    results, layout
+):
+    data, fsdp, model = map(int, layout.split("x"))
+    entries = ROWS * ACTIVE * (WIDTH + FEATURES / model) / (data * fsdp)
+    assert results[layout]["sent"] == (2 * entries if fsdp > 1 else 0)

@@ -1,7 +1,8 @@
 """Gradients of looked up columns on meshes of eight devices: lookups.py DATAxFSDPxMODEL ...
 
 Prints a line of JSON for each layout: by how much each gradient is off that of one device, relative to its largest
-entry, and how many entries are added up over devices at once, relative to the smaller bank.
+entry, how many entries are added up over devices at once, relative to the smaller bank, and how many a device is sent
+by others of rows that they looked up for it, and of their gradients.
 """
 
 import json
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from modjax import partitioning
 from modjax.adapters import lookup
 from modjax.aot import hlo
+from modjax.networks.configuration import REMAT_POLICIES
 
 LAYERS, WIDTH, COLUMNS, FEATURES, ROWS, ACTIVE, LENGTH = 2, 16, 64, 32, 16, 6, 5
 AXES = ("embed", "joined_kv")
@@ -31,7 +33,8 @@ def loss(banks, x, index, kernels, axes):
         x = x + jnp.einsum("bln,bnk->blk", hidden, up) @ kernel
         return partitioning.constrain(x, ("batch", "length", "embed")), None
 
-    return jnp.sum(jnp.sin(jax.lax.scan(jax.checkpoint(layer), x, (*banks, kernels))[0]))
+    layer = jax.checkpoint(layer, policy=REMAT_POLICIES["full"])
+    return jnp.sum(jnp.sin(jax.lax.scan(layer, x, (*banks, kernels))[0]))
 
 
 def main(layouts):
@@ -66,15 +69,13 @@ def main(layouts):
             for found, right in zip(compiled(banks, x, index, kernels), expected, strict=True)
         ]
         computations, _ = hlo.read(compiled.as_text())
-        added = [
-            i.bytes / 4
-            for body in computations.values()
-            for i in body.values()
-            if i.opcode.startswith("all-reduce")
-        ]
+        entries = {"all-reduce": [0.0], "all-to-all": [0.0]}
+        for instruction in (i for body in computations.values() for i in body.values()):
+            if instruction.opcode in entries:
+                entries[instruction.opcode].append(instruction.bytes / 4)
+        added = max(entries["all-reduce"]) / (WIDTH * COLUMNS)
         print(
-            json.dumps({"off": off, "added": max(added, default=0.0) / (WIDTH * COLUMNS)}),
-            flush=True,
+            json.dumps({"off": off, "added": added, "sent": sum(entries["all-to-all"])}), flush=True
         )
 
 
