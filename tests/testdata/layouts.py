@@ -1,8 +1,9 @@
 """Training and prediction on meshes of many layouts: layouts.py [FAMILY:DATAxFSDPxMODEL[:OPTION...] ...].
 
 All methods at once, several to a layer. Prints a line of JSON for each layout. Without arguments every family on every
-layout of up to 8 devices, which takes most of an hour of a core; each line then says how far its losses and norms of
-gradients are from those on one device, and the program fails where that is more than 1e-5, relatively:
+layout of up to 8 devices, in half an hour of a core with the flags that tests/conftest.py adds; each line then says how
+far its losses and norms of gradients are from those on one device, and the program fails where that is more than 1e-5,
+relatively:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/testdata/layouts.py
 
