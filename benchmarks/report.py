@@ -107,6 +107,64 @@ def draw_map(found: Scores, path: pathlib.Path, settings: Sequence[str] = tuple(
     _save(figure, path)
 
 
+def leaders(
+    found: Scores, point: str, setting: str, count: int = 2
+) -> list[tuple[str, list[float]]]:
+    """The methods with the best means at a point, best first, each with the mean of each seed.
+
+    Where some methods have several seeds, those with one do not compete. A method that is also scored without its
+    language competes once, with the better of the two.
+    """
+    here = {
+        method: list(values)
+        for (at, method, of), values in found.items()
+        if (at, of) == (point, setting)
+    }
+    if any(len(values) > 1 for values in here.values()):
+        here = {method: values for method, values in here.items() if len(values) > 1}
+    best: dict[str, list[float]] = {}
+    for method in sorted(here, key=lambda method: -statistics.fmean(here[method])):
+        if method.removesuffix(POLICY) not in [name.removesuffix(POLICY) for name in best]:
+            best[method] = here[method]
+    return list(best.items())[:count]
+
+
+def draw_leaders(
+    found: Scores, places: Mapping[str, tuple[str, str]], path: pathlib.Path, against: str = "lora"
+) -> None:
+    """For each setting a map of the points: who leads there, coloured by the lead over `against`.
+
+    Args:
+      found: all scores.
+      places: of each point (its row, its column), in the order in which they are drawn.
+      path: of the plot.
+      against: a method.
+    """
+    plt = _pyplot()
+    rows, columns = (_distinct(place[i] for place in places.values()) for i in (0, 1))
+    size = (13, 0.6 + 0.9 * len(rows))
+    figure, axes = plt.subplots(1, len(SETTINGS), squeeze=False, figsize=size, layout="constrained")
+    for axis, (setting, title) in zip(axes[0], SETTINGS.items(), strict=True):
+        leads = [[float("nan")] * len(columns) for _ in rows]
+        for point, (row, column) in places.items():
+            y, x = rows.index(row), columns.index(column)
+            first = leaders(found, point, setting)
+            theirs = found.get((point, against, setting))
+            if not (first and theirs):
+                axis.text(x, y, "not measured", ha="center", va="center", fontsize=6)
+                continue
+            leads[y][x] = statistics.fmean(first[0][1]) - statistics.fmean(theirs)
+            told = [f"{name.replace(POLICY, ' (off)')}\n{study.mean(v)}" for name, v in first]
+            told.append(f"({against}: {study.mean(theirs)})")
+            axis.text(x, y, "\n".join(told), ha="center", va="center", fontsize=6)
+        image = axis.imshow(leads, vmin=0, vmax=25, cmap="Greens", alpha=0.6, aspect="auto")
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_yticks(range(len(rows)), rows, rotation=90, va="center")
+        axis.set_title(title)
+    figure.colorbar(image, ax=axes[0][-1], label=f"lead over {against}, points")
+    _save(figure, path)
+
+
 def _colour(method: str) -> str:
     if method.startswith("lora") or method == "task_only":
         return "#777777"
@@ -205,6 +263,11 @@ def zero_shot(output: pathlib.Path) -> Part:
         return "", []
     found = scores(rows)
     draw_map(found, output / "zero_shot.svg")
+    places = {
+        point: (f"base: {base}", f"rank {rank}")
+        for point, (base, rank) in zero_shot_study.POINTS.items()
+    }
+    draw_leaders(found, places, output / "zero_shot_map.svg")
     cells = [(cell, gave) for cell in plan.chosen() if (gave := plan.found(cell))]
     settings = {f"{row['task']} {row['language']}": row["setting"] for row in rows}
     parts = ["## Zero-shot", table(found, list(SETTINGS)), _switched(cells, settings)]

@@ -68,8 +68,33 @@ def test_tables_plots_and_goals(folder, capsys):
     switched = "61.0 ± 1.0 | 1.0 ± 0.0 | 0.0 ± 0.0 | 40.0 ± 0.0 | 9.0 ± 0.0 | 0.0 ± 0.0"
     assert f"| all-4 | flix | {switched} |" in text
     assert "mean of 2 seeds" in text
-    for name in ("zero_shot.svg", "feature_norms.svg"):
+    for name in ("zero_shot.svg", "zero_shot_map.svg", "feature_norms.svg"):
         assert "<svg" in (folder / "out" / name).read_text()
+
+
+def test_who_leads_has_several_seeds_where_others_have_and_competes_once():
+    off = report.POLICY
+    found = {
+        ("p", "lucky", "seen"): [99.0],
+        ("p", "lora", "seen"): [50.0, 60.0],
+        ("p", "flix", "seen"): [60.0, 70.0],
+        ("p", f"flix{off}", "seen"): [62.0, 72.0],
+        ("q", "lucky", "seen"): [99.0],
+        ("q", "lora", "seen"): [50.0],
+        ("p", "lora", "unseen_pair"): [90.0, 90.0],
+    }
+    assert report.leaders(found, "p", "seen") == [(f"flix{off}", [62, 72]), ("lora", [50, 60])]
+    assert report.leaders(found, "q", "seen") == [("lucky", [99]), ("lora", [50])]
+    assert report.leaders(found, "q", "unseen_pair") == []
+
+
+def test_the_map_tells_who_leads_where_and_what_was_not_measured(folder):
+    found = {("p", "lora", "seen"): [50.0, 60.0], ("p", "flix", "seen"): [60.0, 70.0]}
+    places = {"p": ("base: all", "rank 4"), "q": ("base: none", "rank 4")}
+    report.draw_leaders(found, places, folder / "map.svg")
+    text = (folder / "map.svg").read_text()
+    assert text.index("flix") < text.index("65.0 ± 5.0") < text.index("(lora: 55.0 ± 5.0)")
+    assert text.count("not measured") == 5  # q, and p in the settings without scores
 
 
 def test_the_same_results_give_the_same_plots(folder):
