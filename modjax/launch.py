@@ -223,7 +223,7 @@ def load_gin(flags: Flags, entry: str) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(mistakes.explain_parse(error, folders, imports, bindings)) from error
+        raise ConfigError(mistakes.explain_parse(error, folders, imports)) from error
     finally:
         root.removeFilter(_is_not_path_miss)
         readers[:] = before

@@ -99,9 +99,7 @@ def read_bindings(path: str, find: Callable[[str], str]) -> Iterator[Binding]:
                 yield Binding(name, value, f"{path}, line {place.line_num}")
 
 
-def explain_parse(
-    error: Exception, folders: Sequence[str], imports: Mapping[str, str], bindings: Sequence[str]
-) -> str:
+def explain_parse(error: Exception, folders: Sequence[str], imports: Mapping[str, str]) -> str:
     """gin's message about a configuration that it cannot read, with the nearest known name where one
     is unknown.
 
@@ -109,7 +107,6 @@ def explain_parse(
       error: gin's.
       folders: where files were looked for.
       imports: alias -> import statement, of what a binding may name.
-      bindings: those parsed after the files.
     """
     text = str(error)
     place = re.search(r"In (file|bindings string)[^\n]*", text)
@@ -128,9 +125,21 @@ def explain_parse(
         return f"{match[1]} must be set: --gin.{match[1]}=VALUE"
     if match := re.search(r"Unable to open file: (\S+?)\.? ", text + " "):
         return f"an included gin file is missing: {match[1]}, looked for in {', '.join(folders)}"
-    if match := re.fullmatch(r"(.*) \(line (\d+)\)", text):
-        return f"{match[1]} In the binding: {bindings[int(match[2]) - 1]}"
+    if isinstance(error, SyntaxError):
+        return _explain_syntax(error)
     return f"{type(error).__name__} in the gin configuration: {text}"
+
+
+def _explain_syntax(error: SyntaxError) -> str:
+    """What is wrong with a line that cannot be read; most often it is text without quotes."""
+    token = re.search(r"Failed to parse token '(.*)'", error.msg)
+    what = f"{token[1]!r} is not a value." if token else error.msg
+    where = f"{error.filename}, line {error.lineno}" if error.filename else "the binding"
+    line = (error.text or "").strip()
+    name, _, value = line.partition("=")
+    bare = token or re.match(r"[A-Za-z/~.][^'\"]*$", value.strip())
+    hint = f" Text needs quotes: {name.strip()}='...'" if bare and value else ""
+    return f"{what} In {where}: {line}.{hint}" if hint else f"{what} In {where}: {line}"
 
 
 def _modules(imports: Mapping[str, str]) -> dict[str, Any]:

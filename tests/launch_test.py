@@ -96,6 +96,14 @@ def test_users_files_are_found_on_the_search_path(tmp_path):
             "train.train has no parameter 'log_perod'. Did you mean",
         ),
         (["--gin.BATCH_SIZE==3"], "Unable to parse value. In the binding: BATCH_SIZE = =3"),
+        (
+            ["--gin.BASE=weights/t5"],
+            "'weights' is not a value. In the binding: BASE = weights/t5. Text needs quotes: BASE='...'",
+        ),
+        (
+            ["--gin.BASE=/weights/t5"],
+            "Unable to parse value. In the binding: BASE = /weights/t5. Text needs quotes: BASE='...'",
+        ),
         (["--gin_file=bases/t5_smal.gin"], "no gin file 'bases/t5_smal.gin'"),
         (["--gin_file=bases/t5_smal.gin"], "Did you mean 'bases/t5_small.gin'"),
         (["--gni.BATCH_SIZE=3"], "unknown flag '--gni.BATCH_SIZE=3'"),
@@ -136,6 +144,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path):
         ("include 'bases/t5_tiny.gin'", "included gin file is missing: bases/t5_tiny.gin"),
         ("from modjax import modls", "No module named 'modjax.modls'"),
         ("from modjax import models\nmodels.EncoderDecoderModl.z_loss = 1", 'mine.gin", line 3'),
+        ("BASE = weights/t5", "mine.gin, line 2: BASE = weights/t5. Text needs quotes: BASE='...'"),
     ):
         path.write_text(f"from __gin__ import dynamic_registration\n{text}\n")
         with pytest.raises(launch.ConfigError) as error:
