@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from modjax import checkpoints, initialize, launch, models, partitioning
+from modjax import checkpoints, errors, initialize, launch, models, partitioning
 from modjax.features import FeatureSpace
 
 RUN = "run.json"
@@ -91,6 +91,7 @@ def evaluate(
     from modjax.data import checks, registry
     from modjax.evaluation import choices, predict, report, results, runner
 
+    errors.check_integer("evaluate.random_seed", random_seed, least=0)
     first = jax.process_index() == 0
     config = operative_config()
     launch.import_tasks(mixture_or_task_module)

@@ -27,6 +27,7 @@ from flax import traverse_util
 from modjax import (
     adapters,
     checkpoints,
+    errors,
     initialize,
     launch,
     logging,
@@ -124,6 +125,8 @@ def train(
         )
     if initial_checkpoint_path and launch.same_folder(initial_checkpoint_path, base):
         initial_checkpoint_path = None  # it was the base that was meant
+    errors.check_integer("train.train_steps", train_steps)
+    errors.check_integer("train.random_seed", random_seed, least=0)
     first = jax.process_index() == 0
     launch.import_tasks(mixture_or_task_module)
     mesh = partitioner.mesh()

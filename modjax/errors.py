@@ -1,11 +1,30 @@
 """What our error messages share."""
 
 import difflib
+import numbers
 from collections.abc import Iterable
+from typing import Any
 
 
 class ConfigError(ValueError):
     """A flag, a gin file or a binding that cannot be used; the message names it."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a real number: neither text, as of a value in quotes, nor a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raises ConfigError unless a setting is an integer of at least `least`."""
+    if not is_number(value) or not isinstance(value, numbers.Integral) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raises ConfigError unless a setting is a number of at least 0."""
+    if not is_number(value) or not value >= 0:
+        raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 20) -> str:

@@ -54,6 +54,9 @@ def schedule(
     Raises:
       ValueError: an unknown decay, a missing `total_steps`, or a warm-up longer than the run.
     """
+    errors.check_not_negative("schedule.peak", peak)
+    if total_steps is not None:
+        errors.check_integer("schedule.total_steps", total_steps)
     if decay not in DECAYS:
         raise ValueError(f"unknown decay {decay!r}.{errors.nearest(str(decay), DECAYS)}")
     needs_total = decay in ("linear", "cosine") or 0 < warmup < 1
@@ -245,6 +248,10 @@ class Optimizer:
     clip_norm: float | None = None
     groups: Sequence[Group] = ()
     lazy: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.learning_rate):
+            errors.check_not_negative("Optimizer.learning_rate", self.learning_rate)
 
     def build(
         self, trained: Params, lazy: Mapping[str, Any] | None = None

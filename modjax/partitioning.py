@@ -346,8 +346,10 @@ def row_shards(mesh: Mesh) -> int:
 
 def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raises a ValueError where a global batch cannot be divided over the mesh and the microbatches."""
+    errors.check_integer("batch_size", batch_size)
+    errors.check_integer("microbatches", microbatches)
     share = row_shards(mesh) * microbatches
-    if batch_size < 1 or microbatches < 1 or batch_size % share:
+    if batch_size % share:
         raise ValueError(
             f"the batch of {batch_size} does not divide into {microbatches} microbatches over "
             f"{row_shards(mesh)} data-parallel devices (data {mesh.shape['data']} x fsdp "

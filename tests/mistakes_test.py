@@ -86,6 +86,51 @@ def test_bindings_are_read_from_every_file_that_can_be_found(tmp_path):
             (*TRAIN, "--gin.FEATURE_DROPOUT=2.0"),
             "on the command line: FEATURE_DROPOUT = 2.0)",
         ),
+        (
+            train,
+            (*TRAIN, "--gin.TRAIN_STEPS=0"),
+            "schedule.total_steps must be an integer of at least 1, got 0.",
+        ),
+        (train, (*TRAIN, "--gin.TRAIN_STEPS='3'"), "on the command line: TRAIN_STEPS = '3')"),
+        (
+            train,
+            (*TRAIN, "--gin.OPTIMIZER=@optimizers.Optimizer()", "--gin.train.train.train_steps=0"),
+            "train.train_steps must be an integer of at least 1, got 0. (on the command line: ",
+        ),
+        (
+            train,
+            (*TRAIN, "--gin.LEARNING_RATE='0.1'"),
+            "schedule.peak must be a number of at least 0, got '0.1'. (",
+        ),
+        (train, (*TRAIN, "--gin.LEARNING_RATE=-0.1"), "on the command line: LEARNING_RATE = -0.1)"),
+        (
+            train,
+            (*TRAIN, "--gin.optimizers.Optimizer.learning_rate='0.1'"),
+            "Optimizer.learning_rate must be a number of at least 0, got '0.1'. (on the command",
+        ),
+        (train, (*TRAIN, "--gin.BATCH_SIZE='8'"), "batch_size must be an integer of at least 1"),
+        (
+            evaluate,
+            (*EVAL, "--gin.RANDOM_SEED='a'"),
+            "evaluate.random_seed must be an integer of at least 0, got 'a'. (",
+        ),
+        (train, (*TRAIN, "--gin.DTYPE='bf16'"), "on the command line: DTYPE = 'bf16')"),
+        (
+            train,
+            (*TRAIN, "--gin.DTYPE='float16'"),
+            "T5Config.dtype must be one of ('float32', 'bfloat16'), got 'float16'. (",
+        ),
+        (train, (*TRAIN, "--gin.DROPOUT_RATE='0'"), "on the command line: DROPOUT_RATE = '0')"),
+        (
+            train,
+            (*TRAIN, "--gin.t5.T5Config.emb_dim='8'"),
+            "T5Config.emb_dim must be an integer, got '8'. (on the command line: ",
+        ),
+        (
+            train,
+            (*TRAIN, "--gin.adapters.LowRank.alpha='x'"),
+            "LowRank.alpha must be positive, got 'x'. (on the command line: ",
+        ),
         (train, (*TRAIN, "--gin.t5.T5Config.num_heads=0"), "T5Config.num_heads must be at least 1"),
         (
             train,

@@ -94,7 +94,7 @@ def test_devices_that_do_not_divide_are_refused():
 
 @pytest.mark.parametrize(
     ("batch", "microbatches", "fits"),
-    [(8, 1, True), (8, 2, True), (6, 1, False), (8, 4, False), (0, 1, False), (8, 0, False)],
+    [(8, 1, True), (8, 2, True), (6, 1, False), (8, 4, False)],
 )
 def test_a_batch_must_divide_over_devices_and_microbatches(batch, microbatches, fits):
     if fits:
@@ -102,6 +102,14 @@ def test_a_batch_must_divide_over_devices_and_microbatches(batch, microbatches, 
     else:
         with pytest.raises(ValueError, match=f"the batch of {batch} does not divide"):
             partitioning.check_batch(batch, MESH, microbatches)
+
+
+@pytest.mark.parametrize("value", [0, 8.0, "8", True])
+def test_a_batch_and_its_microbatches_are_counted_in_whole_numbers(value):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got"):
+        partitioning.check_batch(value, MESH)
+    with pytest.raises(ValueError, match="microbatches must be an integer of at least 1, got"):
+        partitioning.check_batch(8, MESH, value)
 
 
 def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.adapters.routing import ModuleName, Routing, Shares
-from modjax.errors import nearest
+from modjax.errors import is_number, nearest
 
 Array = jax.Array
 COMPOSITIONS = ("sum", "average")
@@ -68,7 +68,7 @@ def check_positive(where: str, value: Any, integer: bool = False, zero: bool = F
         name = where + (f"[{key!r}]" if key else "")
         if integer and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}.")
-        if not (number > 0 or (zero and number == 0)):
+        if not is_number(number) or not (number > 0 or (zero and number == 0)):
             kind = "positive or 0" if zero else "positive"
             raise ValueError(f"{name} must be {kind}, got {number!r}.")
 

@@ -20,7 +20,7 @@ from modjax import partitioning
 from modjax.adapters import banks, lookup
 from modjax.adapters.banks import Leaf, belongs
 from modjax.adapters.routing import ModuleName, Routing, Shares, as_shares
-from modjax.errors import nearest
+from modjax.errors import is_number, nearest
 from modjax.parameters import parameter
 
 Array = jax.Array
@@ -157,8 +157,8 @@ class LowRank:
             banks.check_positive("LowRank.alpha", self.alpha)
         banks.check_positive("LowRank.learning_rate", self.learning_rate, zero=True)
         banks.check_positive("LowRank.init_scale", self.init_scale)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LowRank.dropout must be in [0, 1), got {self.dropout}.")
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LowRank.dropout must be in [0, 1), got {self.dropout!r}.")
         if self.form not in FORMS:
             raise ValueError(f"LowRank.form: unknown {self.form!r}." + nearest(self.form, FORMS))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.adapters.routing import DATASET, Mix, ModuleName, Shares, WithoutLogits
-from modjax.errors import nearest
+from modjax.errors import is_number, nearest
 from modjax.features import FeatureSpace
 
 Array = jax.Array
@@ -74,8 +74,8 @@ class Skills:
         _check_count(self)
         if not isinstance(self.heads, int) or self.heads < 1:
             raise ValueError(f"Skills.heads must be an integer of at least 1, got {self.heads!r}.")
-        if not self.temperature > 0:
-            raise ValueError(f"Skills.temperature must be positive, got {self.temperature}.")
+        if not is_number(self.temperature) or not self.temperature > 0:
+            raise ValueError(f"Skills.temperature must be positive, got {self.temperature!r}.")
         if self.granularity not in GRANULARITIES:
             raise ValueError(
                 f"Skills.granularity: unknown {self.granularity!r}."

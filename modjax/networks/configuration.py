@@ -1,5 +1,7 @@
 """What the networks' configurations have in common: fields that a run chooses, and how fields are checked."""
 
+import contextlib
+import numbers
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from modjax import partitioning
-from modjax.errors import nearest
+from modjax.errors import is_number, nearest
 from modjax.networks import fused, layers
 
 _sent = jax.checkpoint_policies.save_only_these_names(partitioning.SENT)
@@ -27,12 +29,19 @@ REMAT_POLICIES = {
     "full": _sent,
     "minimal": _minimal,
 }
+# T5-family activations overflow float16.
+DTYPES = ("float32", "bfloat16")
 
 
 def require(config: Any, good: bool, name: str, what: str) -> None:
     """Raises ValueError, naming the field and its value, unless `good`."""
     if not good:
         raise ValueError(f"{type(config).__name__}.{name} {what}, got {getattr(config, name)!r}.")
+
+
+def require_integer(config: Any, name: str) -> None:
+    """Raises ValueError unless a field is an integer."""
+    require(config, isinstance(getattr(config, name), numbers.Integral), name, "must be an integer")
 
 
 def require_known(config: Any, name: str, known: Collection[str]) -> None:
@@ -57,11 +66,15 @@ def check(config: Any, sizes: Sequence[str]) -> None:
       ValueError: a field out of range or unknown; it is named.
     """
     object.__setattr__(config, "mlp_activations", tuple(config.mlp_activations))
-    object.__setattr__(config, "dtype", jnp.dtype(config.dtype).name)
+    with contextlib.suppress(TypeError):  # what is no type is refused below
+        object.__setattr__(config, "dtype", jnp.dtype(config.dtype).name)
+    require(config, config.dtype in DTYPES, "dtype", f"must be one of {DTYPES}")
     for name in sizes:
+        require_integer(config, name)
         require(config, getattr(config, name) >= 1, name, "must be at least 1")
     require(config, bool(config.mlp_activations), "mlp_activations", "must name at least one")
     require_known(config, "mlp_activations", layers.ACTIVATIONS)
     require_known(config, "remat_policy", REMAT_POLICIES)
     require_known(config, "attention", fused.CHOICES)
-    require(config, 0.0 <= config.dropout_rate < 1.0, "dropout_rate", "must be in [0, 1)")
+    rate = config.dropout_rate
+    require(config, is_number(rate) and 0.0 <= rate < 1.0, "dropout_rate", "must be in [0, 1)")

@@ -83,6 +83,7 @@ class EncoderConfig:
         configuration.require_known(self, "head", HEADS)
         if self.head == "pooled" and not self.pooler:
             raise ValueError("EncoderConfig.head='pooled' needs pooler=True; 'dense' does not.")
+        configuration.require_integer(self, "num_outputs")
         if (self.num_outputs > 0) != (self.head != "none") or self.num_outputs < 0:
             raise ValueError(
                 f"EncoderConfig.num_outputs is {self.num_outputs} with head={self.head!r}: a head has "

@@ -131,8 +131,10 @@ def test_input_dropout_acts_in_training_only():
         (dict(rank={"task": 0}), r"LowRank.rank\['task'\] must be an integer of at least 1"),
         (dict(rank=1.5), "integer"),
         (dict(alpha=0.0), "LowRank.alpha must be positive"),
+        (dict(alpha="x"), "LowRank.alpha must be positive, got 'x'"),
         (dict(form="densse"), "Did you mean 'dense'"),
         (dict(dropout=1.0), "LowRank.dropout"),
+        (dict(dropout="0.1"), "LowRank.dropout must be in .*, got '0.1'"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

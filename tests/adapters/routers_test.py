@@ -132,6 +132,12 @@ def test_an_impossible_number_of_copies_is_refused(copies):
         Features(copies=copies)
 
 
+@pytest.mark.parametrize("dropout", [1.5, "0.1", {"task": "0.1"}])
+def test_an_impossible_rate_of_dropout_is_refused(dropout):
+    with pytest.raises(ValueError, match=r"Features.dropout must be in \[0, 1\], got"):
+        Features(dropout=dropout)
+
+
 def test_a_setting_of_a_module_holds_for_its_copies_unless_one_is_named(space):
     modules = Features(copies=2).modules(space)
     ranks = LowRank({"task": 2, "task=tag": 3, "task=tag#1": 4, "language": 1}).ranks(modules)

@@ -421,6 +421,7 @@ def test_heads_that_do_not_divide_a_layers_widths_are_refused_when_initialised(
         (lambda: Stochastic(0), "Stochastic.num_modules must be an integer of at least 1, got 0"),
         (lambda: LowRank(0), "LowRank.rank must be an integer of at least 1, got 0"),
         (lambda: Skills(temperature=0.0), "Skills.temperature must be positive"),
+        (lambda: Skills(temperature="1"), "Skills.temperature must be positive, got '1'"),
         (lambda: Skills(granularity="blok"), "unknown 'blok'. Did you mean 'block'"),
         (lambda: Mixture("m", composition="avrage"), "unknown 'avrage'. Did you mean 'average'"),
     ],

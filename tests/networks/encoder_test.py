@@ -347,7 +347,12 @@ def test_configs_come_back_from_json(variant):
         (dict(token_offset=2), "token_offset must be 0 or 1"),
         (dict(position_offset=10), "position_offset must be in"),
         (dict(type_vocab_size=0), "type_vocab_size must be at least 1"),
+        (dict(head="pooled", num_outputs="2"), "num_outputs must be an integer, got '2'"),
+        (dict(num_layers="2"), "num_layers must be an integer, got '2'"),
         (dict(dropout_rate=1.0), "dropout_rate"),
+        (dict(dropout_rate="0.1"), "dropout_rate must be in .*, got '0.1'"),
+        (dict(dtype="bf16"), "dtype must be one of .'float32', 'bfloat16'., got 'bf16'"),
+        (dict(dtype="float16"), "dtype must be one of .* got 'float16'"),
     ],
 )
 def test_impossible_configs_are_refused(options, message):
