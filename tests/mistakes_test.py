@@ -131,6 +131,16 @@ def test_bindings_are_read_from_every_file_that_can_be_found(tmp_path):
             (*TRAIN, "--gin.adapters.LowRank.alpha='x'"),
             "LowRank.alpha must be positive, got 'x'. (on the command line: ",
         ),
+        (
+            train,
+            (*TRAIN, "--gin.ROUTER=@adapters.Features"),
+            "Mixture.router is the class Features, not an object of it: write @adapters.Features()",
+        ),
+        (
+            train,
+            (*TRAIN, "--gin.BANK=@some/adapters.LowRank"),
+            "Mixture.module is the class LowRank, not an object of it: write @adapters.LowRank()",
+        ),
         (train, (*TRAIN, "--gin.t5.T5Config.num_heads=0"), "T5Config.num_heads must be at least 1"),
         (
             train,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -100,6 +101,12 @@ class Mixture:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name):
             raise ValueError(f"Mixture.name must be an identifier, got {self.name!r}.")
+        for field, part in (("module", self.module), ("router", self.router)):
+            if isinstance(part, (type, types.FunctionType)):  # what gin makes of it
+                raise ValueError(
+                    f"Mixture.{field} is the class {part.__name__}, not an object of it: write "
+                    f"@adapters.{part.__name__}(), with parentheses."
+                )
         if self.composition not in (None, *banks.COMPOSITIONS):
             raise ValueError(
                 f"Mixture.composition: unknown {self.composition!r}."
