@@ -195,7 +195,7 @@ def load_gin(flags: Flags, entry: str) -> None:
     Raises:
       ConfigError: a missing file, a name or parameter that does not exist, a macro that is used and
         not set, required and not given, or set and not used. The message names it and the nearest
-        known one.
+        known one. Also two methods, and a file that later ones leave without effect.
     """
     import gin
 
@@ -218,6 +218,7 @@ def load_gin(flags: Flags, entry: str) -> None:
     readers[:] = [(read, _quietly(exists)) for read, exists in before]
     try:
         gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
+        _check_files(flags)
         _check_macros(gin, flags)
         gin.finalize()
     except ConfigError:
@@ -286,6 +287,29 @@ def _check_configured(gin: Any, name: str) -> None:
         raise ConfigError(
             f"no gin file is about {name}: a job is a base, a method and a run (--gin_file=F each)"
         )
+
+
+def _check_files(flags: Flags) -> None:
+    """Two methods would mix without a word, and so would a file be lost all of whose settings later ones set anew."""
+    find = partial(_find, folders=_folders(flags))
+    given = [(name, list(mistakes.read_bindings(find(name), find))) for name in flags.gin_files]
+    before, known = "", set[str]()
+    for name, bindings in given:
+        places = (b.where.rpartition(", line ")[0] for b in bindings if b.name == "METHOD")
+        methods = {os.path.realpath(place) for place in places}
+        if methods and not known <= methods:  # a file may come after one that it includes
+            raise ConfigError(
+                f"{before} and {name} are two methods, whose settings would mix: give one of them"
+            )
+        before, known = (name, methods) if methods else (before, known)
+    for i, (name, bindings) in enumerate(given):
+        last = {b.name: b.value for b in bindings}
+        later = {b.name: (b.value, other) for other, more in given[i + 1 :] for b in more}
+        if last and all(key in later and later[key][0] != last[key] for key in last):
+            key, other = next((key, later[key][1]) for key in last)
+            raise ConfigError(
+                f"{name} has no effect, as {other} sets {key}, too, and comes after it: give {name} last"
+            )
 
 
 def _check_macros(gin: Any, flags: Flags) -> None:

@@ -42,6 +42,34 @@ def test_files_overlay_in_any_order(method):
     assert "vocab_size = 250112" in texts.pop()
 
 
+def test_two_methods_are_not_mixed(tmp_path):
+    path = tmp_path / "mine.gin"
+    path.write_text("include 'methods/poly_s.gin'\nMETHOD = 'mine'\n")
+    run = (BASE, "--gin_file=runs/finetune.gin", *SET, "--gin.BASE='x'")
+    poly_s, poly_z, mine = (
+        f"--gin_file={name}" for name in ("methods/poly_s.gin", "methods/poly_z.gin", path)
+    )
+    # One includes the other, and comes after it.
+    for files in ((poly_s, poly_z), (poly_s, poly_s), (poly_s, mine), (mine,)):
+        load(*files, *run)
+    for files in ((poly_z, poly_s), (mine, poly_z), ("--gin_file=methods/lora.gin", mine)):
+        first, second = (name.partition("=")[2] for name in files)
+        with pytest.raises(launch.ConfigError, match=f"{first} and {second} are two methods"):
+            load(*files, *run)
+
+
+def test_a_file_that_a_later_one_undoes_is_named():
+    flix, layers = "--gin_file=methods/flix.gin", "--gin_file=methods/every_linear_layer.gin"
+    run = (BASE, "--gin_file=runs/finetune.gin", *SET, "--gin.BASE='x'")
+    load(flix, layers, *run)
+    with pytest.raises(launch.ConfigError) as error:
+        load(layers, flix, *run)
+    assert str(error.value) == (
+        "methods/every_linear_layer.gin has no effect, as methods/flix.gin sets ADAPTED_LAYERS, too, and comes after "
+        "it: give methods/every_linear_layer.gin last"
+    )
+
+
 def test_every_base_and_every_run_parses():
     for path in sorted((launch.CONFIGS / "bases").glob("*.gin")):
         load(f"--gin_file=bases/{path.name}", METHOD, RUN, *SET)
