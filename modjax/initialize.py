@@ -14,8 +14,9 @@ import numpy as np
 from flax import traverse_util
 
 from modjax import adapters, checkpoints, memo, optimizers, partitioning, provenance, quantization
+from modjax.adapters.routing import DATASET
 from modjax.errors import nearest
-from modjax.features import FeatureSpace
+from modjax.features import FeatureSpace, as_values
 
 RANDOM = "random"
 Tree = dict[str, Any]
@@ -42,6 +43,9 @@ class Start:
             raise ValueError(
                 "Start.collapse makes one module of all, so that Start.new_from and Start.freeze_known mean nothing."
             )
+        if self.new_from:
+            named = {f: as_values(v, f"Start.new_from[{f!r}]") for f, v in self.new_from.items()}
+            object.__setattr__(self, "new_from", named)
 
     def check(self, checkpoint: Any, adapted: bool) -> None:
         """Raises ValueError where the options mean nothing for the run."""
@@ -360,8 +364,31 @@ def start_from(
     if stored["method"] != metadata["method"]:
         old = adapters.extend(old, stored["method"], own, metadata["method"])
     if start.new_from:
+        _check_sources(start.new_from, metadata, stored, where)
         old = adapters.fill(old, stored["method"], metadata["method"], start.new_from)
     return optimizers.combine(old, _carried(heads, own_heads, where))
+
+
+def _check_sources(
+    sources: Mapping[str, Sequence[str]],
+    metadata: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    where: Any,
+) -> None:
+    """Raises ValueError where `Start.new_from` names a feature, or a value of the checkpoint, that there is not."""
+    names = (*FeatureSpace.from_json(metadata["space"]).names, DATASET)
+    known = FeatureSpace.from_json(stored["space"])
+    for feature, values in sources.items():
+        if feature not in names:
+            raise ValueError(
+                f"Start.new_from: unknown feature {feature!r}.{nearest(feature, names)}"
+            )
+        there = known.datasets if feature == DATASET else dict(known.features).get(feature, ())
+        for value in values:
+            if value not in there:
+                raise ValueError(
+                    f"Start.new_from: {where} has no {feature} {value!r}.{nearest(value, there)}"
+                )
 
 
 def _parted(tree: Tree) -> tuple[Tree, Tree]:

@@ -334,3 +334,19 @@ def test_flix_adapts_to_a_new_language_from_the_mean_of_others_with_the_rest_fro
         np.testing.assert_array_equal(np.concatenate(parts[:2], axis), before[path])
         assert (parts[2] != new).any()
     assert {row["setting"] for row in rows} == {"unseen_language", "seen"}
+    for number, (sources, message) in enumerate(
+        (
+            ({"langauge": ["en"]}, "unknown feature 'langauge'. Did you mean 'language'"),
+            ({"language": "swa"}, "has no language 'swa'"),
+            ({"task": "cpoy"}, "has no task 'cpoy'. Did you mean 'copy'"),
+        )
+    ):
+        with pytest.raises(ValueError, match=f"Start.new_from: .*{message}"):
+            few_shot(
+                (base, tmp_path / "many"),
+                tmp_path / f"wrong_{number}",
+                "flix",
+                rank,
+                "MIXTURE_OR_TASK_NAME = 'toy_copy_sw'",
+                f"initialize.Start.new_from = {sources}",
+            )

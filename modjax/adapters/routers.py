@@ -14,7 +14,7 @@ import numpy as np
 
 from modjax.adapters.routing import DATASET, SHARED, Mix, ModuleName, Routing, WithoutLogits
 from modjax.errors import is_number, nearest
-from modjax.features import FeatureSpace
+from modjax.features import FeatureSpace, as_values
 
 Array = jax.Array
 
@@ -58,8 +58,8 @@ class Features(WithoutLogits):
     An id of 0 (none, or a value that the space does not know) adds nothing, and the others still do.
 
     Attributes:
-      features: the features that own modules, in order; None = all of the space. The name "dataset" stands for the
-        example's dataset: one module per dataset, chosen by `tasks`.
+      features: the features (or the one) that own modules, in order; None = all of the space. The name "dataset" stands
+        for the example's dataset: one module per dataset, chosen by `tasks`.
       shared: also one module that every example uses (a baseline of the paper).
       dropout: in training, the rate at which an active feature is dropped, independently for each example and each of
         its features, and the same in all layers; no rescaling. A rate for all, or `{feature: rate}` with 0 for those
@@ -94,7 +94,7 @@ class Features(WithoutLogits):
 
     def __post_init__(self) -> None:
         if self.features is not None:
-            object.__setattr__(self, "features", tuple(self.features))
+            object.__setattr__(self, "features", as_values(self.features, "Features.features"))
             if not self.features and not self.shared:
                 raise ValueError("Features(features=()) has no module: name at least one feature.")
         if isinstance(self.dropout, Mapping):

@@ -219,6 +219,7 @@ def feature_space(mixture_or_task: Names, features: Sequence[str] | None = None)
     Raises:
       ValueError: a task has no metadata or lacks a feature, or two have different features.
     """
+    features = None if features is None else as_values(features, "features")
     rows = {}
     for name in tasks_of(mixture_or_task):
         row = metadata_of(name)

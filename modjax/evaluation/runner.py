@@ -22,7 +22,7 @@ from modjax.data import converters, pipeline, registry, seqio
 from modjax.errors import nearest
 from modjax.evaluation import metrics, predict, results
 from modjax.evaluation.results import Row
-from modjax.features import FeatureSpace, Unknown
+from modjax.features import FeatureSpace, Unknown, as_values
 
 # (arrays, texts, batch size, progress) -> an answer to each example.
 ChooseFn = Callable[..., list[str]]
@@ -264,6 +264,7 @@ def _switched_off(
         known = sorted({*results.SETTINGS, *settings.values()})
         if setting not in known:
             raise ValueError(f"switch_off: unknown setting {setting!r}.{nearest(setting, known)}")
+        features = as_values(features, f"switch_off[{setting!r}]")
         for feature in features:
             if feature not in space.names:
                 raise ValueError(

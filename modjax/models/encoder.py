@@ -47,7 +47,8 @@ class EncoderModel(Model):
         outputs = getattr(getattr(self.network, "config", None), "num_outputs", 0)
         if not outputs:
             raise ValueError(
-                "The encoder has no head: give its configuration head and num_outputs (the number of classes, or 1)."
+                "The encoder has no head: set --gin.NUM_OUTPUTS=N, the number of classes (1 for numbers), or its "
+                "configuration's head and num_outputs."
             )
         return outputs
 

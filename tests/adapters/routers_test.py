@@ -87,6 +87,9 @@ def test_what_a_router_misses_is_named(space):
         Features(dropout=1.2)
     with pytest.raises(ValueError, match="has no module"):
         Features(features=())
+    assert Features("language").modules(space) == Features(("language",)).modules(space)
+    with pytest.raises(ValueError, match="unknown feature 'langauge'. Did you mean 'language'"):
+        Features("langauge").modules(space)
     with pytest.raises(ValueError, match="no values"):
         Features().modules(FeatureSpace(()))
 

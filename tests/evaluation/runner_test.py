@@ -152,7 +152,7 @@ def test_batches_do_not_change_results(examples, size, shapes):
 
 def test_a_feature_can_be_switched_off_in_a_setting_and_nowhere_else(examples):
     model = Copier()
-    found = evaluate(examples, model, switch_off={"unseen_pair": ("language",)})
+    found = evaluate(examples, model, switch_off={"unseen_pair": "language"})
     values = {(r["language"], r["metric"]): r["value"] for r in found.rows}
     assert values["sw", "exact_match"] == 100.0
     seen = np.concatenate([b["features"][:, 0] for b in model.batches])
@@ -169,6 +169,7 @@ def test_a_feature_can_be_switched_off_in_a_setting_and_nowhere_else(examples):
             "unknown setting 'unseen_pear'. Did you mean 'unseen_pair'",
         ),
         ({"seen": ("langage",)}, "unknown feature 'langage'. Did you mean 'language'"),
+        ({"seen": "langage"}, "unknown feature 'langage'. Did you mean 'language'"),
     ],
 )
 def test_switching_off_what_there_is_not_is_an_error(examples, switch_off, message):
