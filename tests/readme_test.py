@@ -15,7 +15,8 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom():
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert names["y"].shape == (2, 5, 8)
-    assert names["merged"]["kernel"].shape == (16, 8)
+    assert set(names["params"]["hidden"]["flix"]) == {"a", "b"}
+    assert names["merged"]["hidden"]["kernel"].shape == (16, 32)
     assert names["registry"].feature_space("greetings").values("language") == ("sw",)
 
 

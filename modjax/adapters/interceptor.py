@@ -245,8 +245,8 @@ class Interceptor:
                 )
 
     def _paths(self) -> str:
-        paths = dict.fromkeys(re.sub(r"\d+", "<n>", path) for path in self.linear)
-        return f"Linear layers: {', '.join(paths)}."
+        names = (re.sub(r"\d+", "<n>", path) or "'' (the whole network)" for path in self.linear)
+        return f"Linear layers: {', '.join(dict.fromkeys(names)) or 'none'}."
 
 
 def _rows_and_heads(gates: Any) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def places(adapters: Tree, adapted: Adapted) -> dict[tuple[str, str], dict[str, 
     found: dict[tuple[str, str], dict[str, Any]] = {}
     names = set(adapted.names)
     for path, leaf in flatten_dict(adapters, sep="/").items():
-        *layer, name, leaf_name = path.split("/")
+        *layer, name, leaf_name = path.split("/") if "/" in path else ("", path)
         if name not in names:
             raise ValueError(f"{path!r} is no adapter's parameter." + nearest(name, names))
         found.setdefault(("/".join(layer), name), {})[leaf_name] = leaf

@@ -153,6 +153,16 @@ def test_rules_that_do_not_fit_are_refused_with_the_paths_there_are(
         jax.eval_shape(model.init, jax.random.key(0), batch)
 
 
+@pytest.mark.parametrize(
+    "network, there",
+    [(nn.Dense(5, name="dense"), r"'' \(the whole network\)"), (nn.LayerNorm(), "none")],
+)
+def test_a_network_of_one_layer_or_of_none_that_is_linear_is_told_as_such(network, there, space):
+    adapted = Adapted(network, (Rule("dense", FLIX),), space)
+    with pytest.raises(RuleError, match=f"'dense' matches no linear layer. Linear layers: {there}"):
+        adapted.init(jax.random.key(0), jnp.ones((2, 4, 6)), mix=MIX)
+
+
 def test_a_pattern_that_is_no_regular_expression_is_refused():
     with pytest.raises(RuleError, match="no regular expression"):
         Rule("layers_(", FLIX)

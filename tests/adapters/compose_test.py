@@ -65,6 +65,9 @@ def test_compositions_that_mean_nothing_are_refused(flix):
     added, _ = adapters.split(params, model.module)
     with pytest.raises(ValueError, match="Unknown value 'sv' of feature 'language'"):
         adapters.compose(model.module, added, language="sv")
+    for base in ({"kernel": jnp.ones(2)}, {"query": {"kernel": jnp.ones(2)}}):
+        with pytest.raises(ValueError, match="kernel' is no adapter's parameter.* Known: flix"):
+            adapters.compose(model.module, {**added, **base}, language="sw")
     rules = (Rule(LAYERS, Mixture("flix", LowRank(2), Features())),)
     with pytest.raises(ValueError, match="No module is active"):
         adapters.compose(Adapted(model.network, rules, model.module.space), added)
