@@ -67,16 +67,22 @@ def rules_of(method: Mapping[str, Any]) -> tuple[Rule, ...]:
 
 
 def _part(description: Mapping[str, Any]) -> Any:
-    # Every module and router stands in modjax.adapters.
-    import modjax.adapters as parts
+    from modjax import adapters
 
+    # Every module and router stands there.
+    parts: dict[str, Any] = {
+        name: value
+        for name, value in vars(adapters).items()
+        if dataclasses.is_dataclass(value) and (hasattr(value, "bank") or hasattr(value, "route"))
+    }
     fields = dict(description)
     kind = fields.pop("type")
-    if not hasattr(parts, kind):
+    if kind not in parts:
         raise ValueError(
-            f"The checkpoint's method has a part {kind!r}." + nearest(kind, vars(parts))
+            f"The checkpoint's method has a part {kind!r} that modjax/adapters/__init__.py does not name: a method's "
+            f"routers and modules must be named there.{nearest(kind, parts)}"
         )
-    return getattr(parts, kind)(**{name: _tuples(value) for name, value in fields.items()})
+    return parts[kind](**{name: _tuples(value) for name, value in fields.items()})
 
 
 def _tuples(value: Any) -> Any:

@@ -152,6 +152,20 @@ def test_what_trains_beside_the_adapters_is_carried_as_it_is(flix):
     assert (grown["head"]["kernel"] == 1).all()
 
 
+def test_a_part_that_the_package_does_not_name_is_told_where_it_has_to_be():
+    class Mine(Single):
+        pass
+
+    adapted = Adapted(None, (Rule(".*", Mixture("some", LowRank(2), Mine())),))
+    with pytest.raises(ValueError) as error:
+        adapters.rules_of(adapters.describe_method(adapted))
+    assert str(error.value) == (
+        "The checkpoint's method has a part 'Mine' that modjax/adapters/__init__.py does not name: a method's routers "
+        "and modules must be named there. Did you mean 'Single'? Known: Bottleneck, LowRank, Features, Single, Scale, "
+        "Skills, Stochastic, Uniform."
+    )
+
+
 def test_a_misspelt_feature_is_refused_by_every_router(make_t5, batch, space):
     for router in (Single(), Skills(2), Features()):
         rules = (Rule(LAYERS, Mixture("some", LowRank(2), router)),)
