@@ -52,9 +52,12 @@ def schedule(
         still be changed.
 
     Raises:
-      ValueError: an unknown decay, a missing `total_steps`, or a warm-up longer than the run.
+      ValueError: a number that is negative or text, an unknown decay, a missing `total_steps`, or a
+        warm-up longer than the run.
     """
-    errors.check_not_negative("schedule.peak", peak)
+    numbers = {"peak": peak, "warmup": warmup, "final": final, "hold": hold}
+    for name, value in numbers.items():
+        errors.check_not_negative(f"schedule.{name}", value)
     if total_steps is not None:
         errors.check_integer("schedule.total_steps", total_steps)
     if decay not in DECAYS:

@@ -102,6 +102,7 @@ def test_bindings_are_read_from_every_file_that_can_be_found(tmp_path):
             (*TRAIN, "--gin.LEARNING_RATE='0.1'"),
             "schedule.peak must be a number of at least 0, got '0.1'. (",
         ),
+        (train, (*TRAIN, "--gin.WARMUP='0.1'"), "on the command line: WARMUP = '0.1')"),
         (train, (*TRAIN, "--gin.LEARNING_RATE=-0.1"), "on the command line: LEARNING_RATE = -0.1)"),
         (
             train,
