@@ -21,7 +21,7 @@ done
 IMAGE="${IMAGE:?the image of launch/Dockerfile}"
 # A claim on a share that many nodes may write (ReadWriteMany: Filestore), mounted at /share.
 CLAIM="${CLAIM:-share}"
-BASE="${BASE:-/share/bases/mt5-xl}"
+BASE="${BASE:-/share/bases/byt5-xl}"
 MODEL_DIR="${MODEL_DIR:-/share/runs/$NAME}"
 # Pods, which are hosts, and the accelerators of each. A v5e slice of 4x4 chips has 4 hosts of 4 chips.
 case "$kind" in

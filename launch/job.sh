@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # DATA_SHARDS stays the same for the whole of a run; 1 has every process read all examples (docs/multihost.md).
 # Flags given to this script come last and win.
 exec "${PYTHON:-python3}" train.py \
-    --gin_file=bases/mt5_xl.gin \
+    --gin_file=bases/byt5_xl.gin \
     --gin_file=methods/flix.gin \
     --gin_file=runs/finetune.gin \
     --gin.BASE="'${BASE:?the folder of the weights of the base}'" \

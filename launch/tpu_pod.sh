@@ -16,7 +16,7 @@ TYPE="${TYPE:-v5litepod-16}"
 VERSION="${VERSION:-v2-alpha-tpuv5-lite}"
 # A share that all hosts mount at /share (a Filestore instance in their network): checkpoints and the base lie there.
 NFS="${NFS:?HOST:/PATH of the share, such as that of a Filestore instance}"
-BASE="${BASE:-/share/bases/mt5-xl}"
+BASE="${BASE:-/share/bases/byt5-xl}"
 MODEL_DIR="${MODEL_DIR:-/share/runs/$TPU}"
 
 place=(--project="$PROJECT" --zone="$ZONE")

@@ -20,7 +20,7 @@ SLICES="${SLICES:-1}"
 # The name of the job comes first; resubmitting a job with the same MODEL_DIR resumes it.
 name="${1:?a name for the job}"
 shift
-BASE="${BASE:-/share/bases/mt5-xl}"
+BASE="${BASE:-/share/bases/byt5-xl}"
 MODEL_DIR="${MODEL_DIR:-/share/runs/$name}"
 
 # One pod for each host. GKE tells each its number and the others' names, and jax reads them.

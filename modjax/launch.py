@@ -367,14 +367,19 @@ def operative_config(flags: Flags, check: bool = True) -> str:
 def import_tasks(modules: str | Sequence[str] | None) -> None:
     """Imports the modules that register tasks; the current folder is on the path.
 
+    They may define what gin configures, though gin's configuration is complete by now.
+
     Raises:
       ConfigError: naming the module that does not exist.
     """
+    import gin
+
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     for name in [modules] if isinstance(modules, str) else modules or ():
         try:
-            importlib.import_module(name)
+            with gin.unlock_config():
+                importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name and not name.startswith(error.name):
                 raise

@@ -1,7 +1,9 @@
 """What a user can get wrong on the command line and in gin files, and what is said about it."""
 
 import itertools
+import sys
 
+import gin
 import pytest
 
 from modjax import launch
@@ -27,8 +29,6 @@ def load(*argv):
     "method", ["flix", "lora_per_dataset", "poly_z", "adamix_lora", "ia3", "full"]
 )
 def test_files_overlay_in_any_order(method):
-    import gin
-
     files = (
         "--gin_file=bases/mt5_small.gin",
         f"--gin_file=methods/{method}.gin",
@@ -76,8 +76,6 @@ def test_every_base_and_every_run_parses():
 
 
 def test_bindings_win_over_files_and_may_name_what_no_file_names():
-    import gin
-
     load(BASE, METHOD, RUN, *SET, "--gin.optimizers.adamw.b2=0.9", "--gin.BATCH_SIZE=7")
     assert gin.query_parameter("optimizers.adamw.b2") == 0.9
     assert gin.query_parameter("BATCH_SIZE/gin.macro.value") == 7
@@ -189,9 +187,18 @@ def test_a_task_module_that_does_not_exist_is_named(tmp_path, monkeypatch):
         launch.import_tasks(["broken_tasks"])
 
 
-def test_a_setting_on_the_command_line_that_has_no_effect_is_refused():
-    import gin
+def test_a_task_module_may_define_what_gin_configures(tmp_path, monkeypatch):
+    (tmp_path / "configured_tasks.py").write_text(
+        "import gin\n@gin.configurable\ndef folder(path='here'):\n    return path\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    load(BASE, METHOD, RUN, *SET)
+    launch.import_tasks("configured_tasks")
+    assert sys.modules["configured_tasks"].folder() == "here"
+    assert gin.config_is_locked()
 
+
+def test_a_setting_on_the_command_line_that_has_no_effect_is_refused():
     def made(*argv):
         flags = launch.parse_flags([BASE, METHOD, RUN, *SET, *argv], "test")
         launch.load_gin(flags, "train")

@@ -141,7 +141,7 @@ def test_a_jobset_is_whole(call, kind):
     assert not re.search(r"\$[{(\w]", code)
     assert container["command"] == ["launch/job.sh"]
     assert container["args"] == [FLAG, "--gin.METHOD='it''s'"]
-    assert (environ["BASE"], environ["MODEL_DIR"]) == ("/share/bases/mt5-xl", "/share/runs/flix-1")
+    assert (environ["BASE"], environ["MODEL_DIR"]) == ("/share/bases/byt5-xl", "/share/runs/flix-1")
     assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"]
     limits = {"tpu": {"google.com/tpu": 4}, "gpu": {"nvidia.com/gpu": 8}}
     assert container["resources"]["limits"] == limits[kind]

@@ -1,7 +1,11 @@
 """What the README shows runs."""
 
+import os
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,3 +32,23 @@ def test_every_file_that_the_readme_names_exists():
     paths = set(re.findall(r"\b((?:modjax|tasks|gin_configs)/[\w/]+\.py)", text))
     missing += [path for path in paths if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_the_job_of_the_readme_fits_together_as_far_as_it_goes_without_its_weights(tmp_path):
+    """Each command in a process of its own, as a user's is: nothing imports its tasks before gin has read all."""
+    text = (ROOT / "README.md").read_text()
+    job = re.search(r"```\n(python train\.py.*?)```", text, re.DOTALL)
+    assert job is not None
+    commands = job[1].replace("\\\n", " ").replace("python ", "").splitlines()
+    assert [command.split()[0] for command in commands] == ["train.py", "eval.py"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    for command in commands:
+        script, *flags = shlex.split(command)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("error: weights/byt5-small does not exist"), done.stderr
+        assert done.returncode == 2
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
