@@ -92,6 +92,11 @@ def evaluate(
     from modjax.evaluation import choices, predict, report, results, runner
 
     errors.check_integer("evaluate.random_seed", random_seed, least=0)
+    if base == initialize.RANDOM:
+        raise launch.ConfigError(
+            "BASE = 'random' is for training alone: what was drawn is not kept. Make a base first "
+            "(methods/full.gin with EXPORT_DIR), train on that folder, and evaluate with it."
+        )
     first = jax.process_index() == 0
     config = operative_config()
     launch.import_tasks(mixture_or_task_module)

@@ -123,6 +123,11 @@ def train(
         raise launch.ConfigError(
             "EXPORT_DIR would get weights that int8 has rounded: set one of them"
         )
+    if export_dir is not None and model.adapted is not None:
+        raise launch.ConfigError(
+            "export_dir gets a base that was trained itself (methods/full.gin); adapters are exported "
+            "afterwards, merged or by themselves (docs/export.md)"
+        )
     if initial_checkpoint_path and launch.same_folder(initial_checkpoint_path, base):
         initial_checkpoint_path = None  # it was the base that was meant
     errors.check_integer("train.train_steps", train_steps)
@@ -157,6 +162,9 @@ def train(
     layout = initialize.layout(model, batch, optimizer.groups, partitioner)
     for task in registry.tasks_of(mixture_or_task_name):
         checks.check_vocabularies(task, model)
+    if eval_steps:
+        for task in registry.tasks_of(eval_mixture or mixture_or_task_name):
+            registry.check_has(task, (eval_split,))
     names = () if model.adapted is None else model.adapted.names
 
     # The frozen part comes from the base and is identified by its values; the trained part is fresh
@@ -235,7 +243,7 @@ def train(
         state = checkpointer.restore(begin, state, iterator)
     elif checkpoint_start:
         checkpointer.save(0, state, iterator)
-    if first:
+    if first and begin < train_steps:
         _write_info(model_dir, model, layout, metadata["gin"])
 
     writer = logging.MetricWriter(
@@ -251,6 +259,14 @@ def train(
         f"{_describe(model, layout)}\ntraining on {mixture_or_task_name}, {origin}, to step "
         f"{train_steps}, on {profiling.describe_job(mesh, state, frozen)}"
     )
+    if own and stored is not None:
+        changed = launch.changed_settings(stored["gin"], metadata["gin"])
+        if changed:
+            progress.say(
+                f"settings are not those that the run was begun with: {'; '.join(changed)}"
+            )
+        if begin >= train_steps:
+            progress.say(f"nothing is left to do: {model_dir} has step {begin}")
     spent = profiling.Spent()
     steps: list[profiling.Program] = []
 
@@ -400,8 +416,6 @@ def _eval_batches(
 
 
 def _export(folder: str, model: Any, state: TrainState, frozen: Any) -> None:
-    if model.adapted is not None:
-        raise ValueError("export_dir is for a base; a run with adapters exports them after merging")
     from modjax import hub
 
     hub.save_base(folder, model.network.config, optimizers.combine(state.trained, frozen))

@@ -203,12 +203,19 @@ class Checkpointer:
     Args:
       model_dir: where they lie.
       metadata: JSON-able values with the keys method, space, base, gin; see `read_metadata`.
-      keep: how many of the latest are kept.
+      keep: how many of the latest are kept; None for all.
+
+    Raises:
+      ValueError: none is kept.
     """
 
     def __init__(
         self, model_dir: str | os.PathLike[str], metadata: Mapping[str, Any], keep: int | None = 3
     ):
+        if keep is not None and keep < 1:
+            raise ValueError(
+                f"keep_checkpoints is at least 1, or None for all of them, got {keep}."
+            )
         self._dir = pathlib.Path(model_dir).absolute()
         self._metadata = {"format": FORMAT, "modjax": modjax.__version__, **metadata}
         self._unsealed: list[int] = []

@@ -106,12 +106,12 @@ def adapt(
     checkpoints.check_writable(model_dir)
     tasks = registry.tasks_of(mixture_or_task_name)
     for task in tasks:
-        registry.check_has(task, protocol.metric, protocol.splits())
+        registry.check_has(task, protocol.splits(), protocol.metric)
     # What was seen when nothing had been trained here yet.
     before = ""
     if initial_checkpoint_path and not hub.is_base(initial_checkpoint_path):
         before = checkpoints.read_metadata(initial_checkpoint_path)["mixture"]
-    _keep(protocol, pathlib.Path(model_dir))
+    _keep(protocol, initial_checkpoint_path, pathlib.Path(model_dir))
     rows: list[dict[str, Any]] = []
     for seed in protocol.seeds:
         copies = {
@@ -183,18 +183,20 @@ def _mixture(registry: Any, name: str, copies: Mapping[str, str]) -> str:
     return own
 
 
-def _keep(protocol: Protocol, folder: pathlib.Path) -> None:
-    """Writes the protocol into the folder, or refuses to go on there with another one."""
+def _keep(protocol: Protocol, initial: str | None, folder: pathlib.Path) -> None:
+    """Writes protocol and start into the folder, or refuses to go on there with others."""
     from modjax.evaluation import results
 
     mine = {k: v for k, v in dataclasses.asdict(protocol).items() if k != "seeds"}
+    mine["initial_checkpoint_path"] = initial and str(pathlib.Path(initial).resolve())
     path = folder / "protocol.json"
     if path.exists():
         theirs = json.loads(path.read_text())
         for name, value in mine.items():
-            if theirs.get(name) != value:
+            if theirs.get(name, value) != value:
+                told = f"Protocol.{name}" if hasattr(protocol, name) else name.upper()
                 raise ValueError(
-                    f"{folder} was begun with Protocol.{name} = {theirs.get(name)!r}, not {value!r}: take "
+                    f"{folder} was begun with {told} = {theirs[name]!r}, not {value!r}: take "
                     "another MODEL_DIR"
                 )
     elif jax.process_index() == 0:

@@ -364,6 +364,33 @@ def operative_config(flags: Flags, check: bool = True) -> str:
     return text
 
 
+# What a run may do otherwise when it goes on: how long, where, and how it is watched and computed.
+_OWN_OF_A_SITTING = re.compile(
+    r"TRAIN_STEPS|\w*_(DIR|PATH|PERIOD|STEPS|MODULE)|MICROBATCHES|FSDP|MODEL_PARALLEL|REMAT_POLICY"
+    r"|(train\.train|partitioning|eval|fewshot)\..*"
+)
+
+
+def changed_settings(before: str, now: str) -> list[str]:
+    """What two configurations of a run (as by `operative_config`) set otherwise, beyond what a sitting may choose.
+
+    Returns:
+      For each such parameter or macro that both set: "NAME = VALUE, was VALUE".
+    """
+    old, new = map(_values, (before, now))
+    return [
+        f"{name} = {value}, was {old[name]}"
+        for name, value in new.items()
+        if old.get(name, value) != value and not _OWN_OF_A_SITTING.fullmatch(name)
+    ]
+
+
+def _values(config: str) -> dict[str, str]:
+    """The values in a configuration's text, which may go on in indented lines."""
+    found = re.findall(r"^([\w./]+) = (.*(?:\n[ \t]+.*)*)", config, re.MULTILINE)
+    return {name: " ".join(value.replace("\\", " ").split()) for name, value in found}
+
+
 def import_tasks(modules: str | Sequence[str] | None) -> None:
     """Imports the modules that register tasks; the current folder is on the path.
 
@@ -412,8 +439,13 @@ def config_of(
       ConfigError: no path.
       HubError: the folder holds another kind of network, or none.
     """
-    from modjax import hub
+    from modjax import hub, initialize
 
+    if path == initialize.RANDOM:
+        raise ConfigError(
+            "bases/folder.gin and its like read sizes from the folder BASE, and 'random' is none: take the file of a "
+            "size, as bases/t5_small.gin"
+        )
     run = {
         "dropout_rate": dropout_rate,
         "scan_layers": scan_layers,

@@ -79,7 +79,8 @@ def fit(
 
     Args:
       batches: this process's rows, one dict of host arrays per step; exactly one is taken per step.
-      log: called with a step and the sums since the last call, `seconds` and `steps` added.
+      log: called every `log_every` steps and at the end, with a step and the sums since the last call, `seconds` and
+        `steps` added.
       save: called every `save_every` steps, and with the last state (also when stopped).
       evaluate: called every `eval_every` steps, and at the end unless stopped.
       begin: called with the compiled step before it runs for the first time.
@@ -134,6 +135,8 @@ def fit(
         # One process knows at once. Several follow the flag that the step itself brought to all of
         # them.
         if reader.stopped or (asked and jax.process_count() == 1):
+            reader.drain()
+            reader.finish()
             keep(step)
             return state, step
         if save_every and step % save_every == 0:
@@ -145,6 +148,7 @@ def fit(
                 evaluate(step, state)
             reader.leave_out(time.monotonic() - began)
     reader.drain()
+    reader.finish()
     if trace is not None:
         trace.close()
     keep(step)
@@ -175,7 +179,7 @@ class _Reader:
         self._every, self._log = every, log
         self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._totals: dict[str, float] = {}
-        self._steps = 0
+        self._step, self._steps = step, 0
         self._clock = time.monotonic()
 
     @property
@@ -217,7 +221,18 @@ class _Reader:
                 self._totals[name] = value
             else:
                 self._totals[name] = self._totals.get(name, 0.0) + value
-        if self._every and step % self._every == 0 and self._log is not None:
-            now = time.monotonic()
-            self._log(step, self._totals | {"seconds": now - self._clock, "steps": self._steps})
-            self._totals, self._steps, self._clock = {}, 0, now
+        self._step = step
+        if self._every and step % self._every == 0:
+            self._tell()
+
+    def finish(self) -> None:
+        """Logs what came after the last line; no step may be in flight."""
+        if self._every and self._steps:
+            self._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if self._log is not None:
+            sums = self._totals | {"seconds": now - self._clock, "steps": self._steps}
+            self._log(self._step, sums)
+        self._totals, self._steps, self._clock = {}, 0, now

@@ -157,6 +157,9 @@ def test_a_checkpoint_of_another_method_is_refused_and_nothing_is_written(run, t
 def test_the_base_alone_needs_the_plain_network(run, tmp_path, capsys):
     assert evaluate(run, tmp_path, CHECKPOINT_PATH=None) == 2
     assert "use methods/full.gin" in capsys.readouterr().err
+    random = ("bases/t5_small.gin", "methods/flix.gin")
+    assert evaluate(run, tmp_path, *random, BASE="random") == 2
+    assert "'random' is for training alone" in capsys.readouterr().err
     files = ("bases/folder.gin", "methods/full.gin")
     assert evaluate(run, tmp_path, *files, CHECKPOINT_PATH=None) == 0
     assert {r["method"] for r in results.read(tmp_path / "results.json")} == {"full"}

@@ -154,11 +154,15 @@ def test_eval_py_scores_a_few_shot_checkpoint_as_the_protocol_did(many, tmp_path
     ]
 
 
-def test_another_protocol_in_the_same_folder_is_refused(many, tmp_path):
-    fewshot._keep(fewshot.Protocol(steps=4), tmp_path)
-    fewshot._keep(fewshot.Protocol(steps=4, seeds=(7,)), tmp_path)
+def test_another_protocol_or_start_in_the_same_folder_is_refused(many, tmp_path):
+    fewshot._keep(fewshot.Protocol(steps=4), "runs/a", tmp_path)
+    fewshot._keep(fewshot.Protocol(steps=4, seeds=(7,)), "runs/./a", tmp_path)
     with pytest.raises(ValueError, match="begun with Protocol.steps = 4, not 2"):
-        fewshot._keep(fewshot.Protocol(steps=2), tmp_path)
+        fewshot._keep(fewshot.Protocol(steps=2), "runs/a", tmp_path)
+    with pytest.raises(
+        ValueError, match="begun with INITIAL_CHECKPOINT_PATH = '.*/runs/a', not None"
+    ):
+        fewshot._keep(fewshot.Protocol(steps=4), None, tmp_path)
 
 
 def test_poly_s_starts_from_the_skills_with_fresh_logits_and_trains_all(many, tmp_path):

@@ -218,3 +218,24 @@ def test_a_users_folder_of_the_same_name_hides_no_gin_file(folder, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     load(BASE, METHOD, RUN, *SET)
+
+
+def test_changed_settings_leave_out_what_a_sitting_chooses():
+    before = """# Macros:
+LEARNING_RATE = 0.5
+MODEL_DIR = 'a'
+TRAIN_STEPS = 2
+LONG = \\
+    {'inputs': 8,
+     'targets': 4}
+optimizers.Optimizer.clip_norm = None
+train.train.log_period = 1
+"""
+    now = before.replace("0.5", "0.1").replace("'a'", "'b'").replace("= 2", "= 3").replace("8", "9")
+    now = now.replace("None", "1.0").replace("period = 1", "period = 7") + "NEW = 1\n"
+    assert launch.changed_settings(before, now) == [
+        "LEARNING_RATE = 0.1, was 0.5",
+        "LONG = {'inputs': 9, 'targets': 4}, was {'inputs': 8, 'targets': 4}",
+        "optimizers.Optimizer.clip_norm = 1.0, was None",
+    ]
+    assert not launch.changed_settings(before, before)

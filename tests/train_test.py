@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 
@@ -154,6 +155,28 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(adapted, tmp_path, mo
         np.testing.assert_array_equal(resumed[path], whole[path])
 
 
+def test_a_run_that_goes_on_otherwise_says_so_and_one_that_is_done_keeps_its_configuration(
+    adapted, tmp_path, capsys
+):
+    folder, whole, options = adapted
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    config = (run / "config.gin").read_text()
+    found = train(*FLIX, MODEL_DIR=run, WARMUP=0, **options | {"TRAIN_STEPS": 6}, LEARNING_RATE=5.0)
+    said = capsys.readouterr().err
+    assert f"nothing is left to do: {run} has step 8" in said
+    assert re.search(r"not those that the run was begun with: LEARNING_RATE = 5.0, was \S+\n", said)
+    assert (run / "config.gin").read_text() == config
+    np.testing.assert_array_equal(
+        found["decoder/layers_0/mlp/wo/flix/b"], whole["decoder/layers_0/mlp/wo/flix/b"]
+    )
+    # The same for longer is no change.
+    train(*FLIX, MODEL_DIR=run, WARMUP=0, **options | {"TRAIN_STEPS": 9})
+    said = capsys.readouterr().err
+    assert "step 9/9  loss" in said and "begun with" not in said
+    assert (run / "config.gin").read_text() != config
+
+
 def test_a_run_from_another_checkpoint_keeps_what_each_name_has_learned(pretrained, tmp_path):
     """The first run knows one task and one language; the second adds one of each."""
     options = {"BASE": pretrained[0] / "base"}
@@ -207,6 +230,11 @@ def test_a_trained_model_is_restored_for_evaluation(adapted, pretrained):
         ({"MIXTURE_OR_TASK_NAME": "tyo"}, "Did you mean 'toy'"),
         ({"BASE": "/nowhere"}, "/nowhere does not exist"),
         ({"MODEL_DIR": "/proc/run"}, "MODEL_DIR /proc/run cannot be written"),
+        ({"train__train__export_dir": "out"}, "export_dir gets a base that was trained itself"),
+        ({"train__train__keep_checkpoints": 0}, "keep_checkpoints is at least 1, or None"),
+        ({"EVAL_STEPS": 1, "train__train__eval_split": "tset"}, "has no split 'tset'"),
+        ({"EVAL_STEPS": 1, "train__train__eval_mixture": "tyo"}, "Did you mean 'toy'"),
+        ({"BASE": "random"}, "take the file of a size, as bases/t5_small.gin"),
         ({"INITIAL_CHECKPOINT_PATH": "/nowhere", "MODEL_DIR": "NEW"}, "no checkpoint at /nowhere"),
     ],
 )

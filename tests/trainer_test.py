@@ -142,10 +142,11 @@ def test_log_lines_sum_exactly_the_steps_since_the_last_one():
     made, state, frozen, _ = make()
     loop.fit(made, state, frozen, Batches(), 7, log_every=3, log=lambda *line: lines.append(line))
     batches = Batches()
-    weights = [float(next(batches)["w"].sum()) for _ in range(6)]
+    weights = [float(next(batches)["w"].sum()) for _ in range(7)]
     assert [(step, sums["steps"], sums["weight"]) for step, sums in lines] == [
         (3, 3, sum(weights[:3])),
-        (6, 3, sum(weights[3:])),
+        (6, 3, sum(weights[3:6])),
+        (7, 1, weights[6]),
     ]
 
 

@@ -197,10 +197,10 @@ def choices_of(task_name: str) -> tuple[str, ...] | str | None:
     return _entry(task_name).choices
 
 
-def check_has(task_name: str, metric: str, splits: Sequence[str]) -> None:
-    """Raises ValueError where a task lacks a metric or a split; it is named."""
+def check_has(task_name: str, splits: Sequence[str], metric: str | None = None) -> None:
+    """Raises ValueError where a task lacks a split, or the metric if one is given; it is named."""
     known = metric_names_of(task_name)
-    if metric not in known:
+    if metric is not None and metric not in known:
         raise ValueError(f"task {task_name!r} has no metric {metric!r}.{nearest(metric, known)}")
     there = seqio.TaskRegistry.get(task_name).splits
     for split in splits:
