@@ -77,7 +77,9 @@ def evaluate(
         for that of its files. Any serves, whichever the run was trained with.
       max_examples: of each dataset, the first so many; all if None.
       switch_off: setting -> features that are none there, as {"unseen_pair": ("language",)}.
-      unknown: a value that the checkpoint's feature space lacks is "none" or an "error".
+      unknown: a value that the checkpoint's feature space lacks is "none" or an "error". Of those
+        that the checkpoint would route by, "none" tells; one that was trained, by the dataset's
+        setting, is an error in any case.
       choice_scores: how the answers of datasets with choices are compared: by their log probability
         ("sum"), or by that per token ("mean").
       compare_with: folders of earlier evaluations whose results join the report.
@@ -132,6 +134,10 @@ def evaluate(
         settings = dict.fromkeys(tasks, "unseen_task")
     else:
         settings = registry.seen_settings(trained_on, mixture_or_task_name)
+    looked_up = () if model.adapted is None else model.adapted.routes_by
+    unknown_values = checks.unknown_to(space, settings, looked_up)
+    if first:
+        print("".join(f"{sentence}\n" for sentence in unknown_values), end="")
     examples = runner.read(
         mixture_or_task_name,
         split,
@@ -172,6 +178,7 @@ def evaluate(
         "mixture": mixture_or_task_name,
         "split": split,
         "switched off": {k: list(v) for k, v in (switch_off or {}).items()},
+        "unknown to the checkpoint": unknown_values,
         "examples over the length limit": trimmed,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from modjax import hub, initialize, launch
+from modjax.data import registry
 from modjax.evaluation import results
 from modjax.networks import t5
 
@@ -152,6 +153,35 @@ def test_a_checkpoint_of_another_method_is_refused_and_nothing_is_written(run, t
     said = capsys.readouterr().err
     assert "was made with another method" in said and "'flix' in the checkpoint" in said
     assert not (out / "results.json").exists()
+
+
+def renamed(monkeypatch, language):
+    """Swahili's tasks under another name of the language."""
+    for name in ("toy_copy_sw", "toy_turn_sw"):
+        entry = registry._ENTRIES[name]
+        metadata = {**entry.metadata, "language": language}
+        monkeypatch.setitem(registry._ENTRIES, name, dataclasses.replace(entry, metadata=metadata))
+
+
+def test_a_value_renamed_since_training_is_refused_and_not_scored_as_seen(
+    run, tmp_path, monkeypatch, capsys
+):
+    renamed(monkeypatch, "SWH")
+    assert evaluate(run, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "task 'toy_copy_sw': language 'SWH' is unknown to the checkpoint" in said
+    assert "'seen'" in said and "Known: en, sw." in said
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_value_that_nothing_was_learned_for_is_told_and_kept(run, tmp_path, monkeypatch, capsys):
+    renamed(monkeypatch, "swh")
+    seen = {"eval__evaluate__train_mixture": "toy_copy_en", "eval__evaluate__max_examples": 1}
+    assert evaluate(run, tmp_path, **seen) == 0
+    sentence = "task 'toy_turn_sw': language 'swh' is unknown to the checkpoint"
+    assert sentence in capsys.readouterr().out
+    kept = json.loads((tmp_path / "run.json").read_text())["unknown to the checkpoint"]
+    assert len(kept) == 2 and kept[1].startswith(sentence)
 
 
 def test_the_base_alone_needs_the_plain_network(run, tmp_path, capsys):

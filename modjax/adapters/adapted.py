@@ -66,6 +66,13 @@ class Adapted(nn.Module):
         """The names of the mixtures, each once."""
         return tuple(dict.fromkeys(rule.mixture.name for rule in self.rules))
 
+    @property
+    def routes_by(self) -> tuple[str, ...]:
+        """The features (and "dataset") that its routers look up, each once."""
+        names = self.space.names if self.space else ()
+        found = (rule.mixture.router.routes_by for rule in self.rules)
+        return tuple(dict.fromkeys(n for some in found for n in (names if some is None else some)))
+
     def rule_for(self, path: str, name: str) -> Rule:
         """The rule that put mixture `name` at the layer `path`."""
         for rule in self.rules:

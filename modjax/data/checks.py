@@ -2,17 +2,17 @@
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from modjax.data import vocabularies
+from modjax.data import registry, vocabularies
 from modjax.data.carry import DATASET_KEY, keeps_every_example
 from modjax.errors import nearest
-from modjax.features import FeatureSpace
+from modjax.features import FeatureSpace, as_values
 
 
 def check_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
@@ -102,6 +102,51 @@ def check_ids(
                 f"{name} holds token {tokens[row, column]}{where}, and the base has embeddings for tokens 0 to {last}: "
                 "a preprocessor makes, or a cache of the task holds, tokens that its vocabulary does not have."
             )
+
+
+def unknown_to(
+    space: FeatureSpace, settings: Mapping[str, str], looked_up: Sequence[str]
+) -> list[str]:
+    """What a checkpoint has learned nothing for, of the features by which it routes the evaluated datasets.
+
+    Tasks may have changed since it was trained; what is registered now cannot tell.
+
+    Args:
+      space: the checkpoint's.
+      settings: dataset -> setting, see `registry.seen_settings`.
+      looked_up: the features, and "dataset", that it routes by.
+
+    Returns:
+      A sentence for each value, or name of a dataset, that the space lacks.
+
+    Raises:
+      ValueError: it lacks a value that was trained, as the dataset's setting has it.
+    """
+    found = []
+    learned_nothing = "the checkpoint, which has learned nothing for it"
+    for task, setting in settings.items():
+        where = f"task {task!r}"
+        row = registry.metadata_of(task) if registry.has_metadata(task) else {}
+        for name in (n for n in space.names if n in looked_up and row):
+            known = space.values(name)
+            lacking = [
+                (f"{where}: {name} {v!r} is unknown to {learned_nothing}", nearest(v, known))
+                for v in as_values(row.get(name), where)
+                if v not in known
+            ]
+            if name not in row:
+                text = f"{where} has no feature {name!r}, by which the checkpoint routes"
+                lacking.append((text, nearest(name, row)))
+            for sentence, hint in lacking:
+                if setting in ("seen", "unseen_pair"):
+                    raise ValueError(
+                        f"{sentence}; yet by the tasks registered now it is {setting!r}. "
+                        f"Have they changed since training?{hint}"
+                    )
+                found.append(sentence)
+        if "dataset" in looked_up and registry.origin_of(task) not in space.datasets:
+            found.append(f"{where} is unknown to {learned_nothing}")
+    return found
 
 
 def check_splits(

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from modjax import adapters
 from modjax.adapters import Adapted, Features, LowRank, Mix, Mixture, Rule, RuleError
+from modjax.features import FeatureSpace
 from modjax.models import EncoderDecoderModel
 
 FLIX = Mixture("flix", LowRank({"task": 3, "language": 2}), Features())
@@ -197,3 +198,12 @@ def test_one_stream_alone_serves_a_network_without_stream_names(space, move_adap
     packed = adapted.apply({"params": params}, x.reshape(1, 8, 6), mix=packed_mix)
     alone = adapted.apply({"params": params}, x, mix=MIX)
     np.testing.assert_allclose(packed.reshape(2, 4, 5), alone, atol=1e-5)
+
+
+def test_it_says_by_which_features_its_modules_are_looked_up():
+    space = FeatureSpace((("task", ("a",)), ("language", ("b",))))
+    rules = (Rule("first", FLIX), Rule("out", Mixture("lora", LowRank(2), adapters.Single())))
+    assert Adapted(Plain(), rules, space).routes_by == ("task", "language")
+    assert Adapted(Plain(), rules[1:], space).routes_by == ()
+    by_dataset = Mixture("own", LowRank(2), Features(("dataset", "task")))
+    assert Adapted(Plain(), (Rule("out", by_dataset),), space).routes_by == ("dataset", "task")
