@@ -42,7 +42,6 @@ def register(count: int) -> str:
             steps,
             {"inputs": feature, "targets": feature},
             metadata={"language": f"language{i}"},
-            metric_names=(),
         )
     registry.add_mixture(f"growth{count}", names)
     return f"growth{count}"

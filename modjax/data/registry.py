@@ -55,7 +55,7 @@ def add_task(
       output_features: SeqIO features, as a rule "inputs" and "targets".
       metadata: the dataset's features: a value, several (multi-hot) or None each. Needed by methods
         that route by features.
-      metric_names: what evaluation computes for this task.
+      metric_names: what evaluation computes for this task, one of `modjax.evaluation.metrics.METRICS` at least.
       choices: the possible answers, or the name of an example's field that lists them: a model that
         writes then takes the most probable one instead (rank classification).
       postprocess_fn: SeqIO's, `fn(text, example=..., is_target=...)`.
@@ -68,7 +68,7 @@ def add_task(
       The SeqIO task.
 
     Raises:
-      ValueError: the name is taken or unfit, or the metadata is malformed.
+      ValueError: the name is taken or unfit, the metadata is malformed, or a metric does not exist.
     """
     arguments = {
         "preprocessors": preprocessors,
@@ -88,6 +88,8 @@ def add_task(
             raise ValueError(f"{where} has the key of task {other!r} by chance; rename one.")
     if empty_targets not in ("error", "allow"):
         raise ValueError(f"{where}: empty_targets is 'error' or 'allow', not {empty_targets!r}.")
+    if not metric_names:
+        raise ValueError(f"{where}: metric_names is empty; name one at least, as 'exact_match'.")
     entry = _Entry(
         metadata=_checked_metadata(metadata, where),
         metric_names=as_values(metric_names, f"{where}, metric_names"),
@@ -97,7 +99,9 @@ def add_task(
     carry_key = carry.carry_key(name, allow_empty=empty_targets == "allow")
     if isinstance(source, ExamplesSource):
         kwargs.setdefault("shuffle_buffer_size", None)  # it shuffles by itself, and better
-    kwargs.setdefault("metric_fns", [_metric_fn(metric, entry) for metric in entry.metric_names])
+    # Made in any case, so that an unknown metric is found before anything is trained.
+    metric_fns = [_metric_fn(metric, entry, where) for metric in entry.metric_names]
+    kwargs.setdefault("metric_fns", metric_fns)
     task = seqio.TaskRegistry.add(
         name,
         source=source,
@@ -292,14 +296,15 @@ def _entry(task_name: str) -> _Entry:
     return _ENTRIES[task_name]
 
 
-def _metric_fn(name: str, entry: _Entry) -> Callable[..., dict[str, float]]:
+def _metric_fn(name: str, entry: _Entry, where: str) -> Callable[..., dict[str, float]]:
     """A metric of ours as SeqIO's own evaluator, and T5X's, calls it."""
+    from modjax.evaluation import metrics  # it lies above the data
+
+    metric = metrics.get(name, where)
 
     def metric_fn(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        from modjax.evaluation import metrics  # it lies above the data
-
         language = (entry.metadata or {}).get("language")
-        score = metrics.get(name)(
+        score = metric(
             targets, predictions, language=language if isinstance(language, str) else None
         )
         return {name: score.value}

@@ -90,14 +90,10 @@ def read(
       use_cached: read SeqIO's offline caches.
 
     Raises:
-      ValueError: as `pipeline.eval_batches`; or a task's metric does not exist.
+      ValueError: as `pipeline.eval_batches`.
     """
-    datasets = registry.tasks_of(mixture)
-    for name in datasets:
-        for metric in registry.metric_names_of(name):
-            metrics.get(metric, f"task {name!r}")
     return _read(
-        tuple(seqio.TaskRegistry.get(name) for name in datasets),
+        tuple(seqio.TaskRegistry.get(name) for name in registry.tasks_of(mixture)),
         split,
         space,
         tuple(sorted(task_feature_lengths.items())),

@@ -75,6 +75,14 @@ def test_seqios_own_evaluator_computes_our_metrics_in_the_tasks_language(add):
     assert seqio.TaskRegistry.get("reg_own").metric_fns == []
 
 
+def test_an_unknown_metric_or_none_is_refused_where_the_task_is_registered(add):
+    with pytest.raises(ValueError, match="task 'reg_a': unknown metric 'acuracy'.*Known: exact_"):
+        add("reg_a", metric_names=["exact_match", "acuracy"])
+    with pytest.raises(ValueError, match="task 'reg_a': metric_names is empty"):
+        add("reg_a", metric_names=())
+    add("reg_a")  # and nothing was left registered
+
+
 def test_feature_space_of_a_mixture_and_of_some_of_its_features(add):
     names = grid(add, ("tag", "sw"), ("parse", "en"), ("parse", "sw"))
     add.mixture("reg_mix", names)

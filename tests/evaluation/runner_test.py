@@ -218,22 +218,6 @@ def test_examples_are_read_once_for_all_runs_of_a_process_but_anew_for_another_t
         registry.remove("run_again")
 
 
-def test_an_unknown_metric_is_found_before_anything_is_read():
-    registry.add_task(
-        "run_bad",
-        ExamplesSource({"test": rows("en", 1)}),
-        [seqio.preprocessors.tokenize],
-        FEATURES,
-        metadata={"task": "copy", "language": "en"},
-        metric_names=("exact_mach",),
-    )
-    try:
-        with pytest.raises(ValueError, match="task 'run_bad': unknown metric 'exact_mach'"):
-            runner.read("run_bad", "no such split", SPACE, task_feature_lengths=LENGTHS)
-    finally:
-        registry.remove("run_bad")
-
-
 def test_datasets_of_the_same_task_and_language_keep_their_own_names():
     registry.add_task(
         "run_copy_en_2",
