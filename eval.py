@@ -7,7 +7,7 @@
         --gin.BASE="'weights/t5_small'" --gin.CHECKPOINT_PATH="'runs/first'" \\
         --gin.EVAL_OUTPUT_DIR="'runs/first/eval'"
 
-Results of other runs join the report by COMPARE_WITH, a list of their EVAL_OUTPUT_DIRs.
+Results of other runs join the report by COMPARE_WITH, their EVAL_OUTPUT_DIR or a list of several.
 """
 
 import datetime
@@ -51,7 +51,7 @@ def evaluate(
     unknown: str = "none",
     choice_scores: str = "sum",
     use_cached_tasks: bool = False,
-    compare_with: Sequence[str] = (),
+    compare_with: str | Sequence[str] = (),
     partitioner: partitioning.Partitioner = partitioning.Partitioner(),  # noqa: B008
     write_report: bool = True,
     operative_config: Callable[[], str] = str,
@@ -82,7 +82,7 @@ def evaluate(
         setting, is an error in any case.
       choice_scores: how the answers of datasets with choices are compared: by their log probability
         ("sum"), or by that per token ("mean").
-      compare_with: folders of earlier evaluations whose results join the report.
+      compare_with: a folder of an earlier evaluation, or several, whose results join the report.
       partitioner: how the devices are used; any serves, whichever the run was trained with.
 
     Raises:
@@ -105,6 +105,14 @@ def evaluate(
     mesh = partitioner.mesh()
     partitioning.check_batch(batch_size, mesh)
     checkpoints.check_writable(eval_output_dir)
+    compare_with = [compare_with] if isinstance(compare_with, str) else compare_with
+    for earlier in compare_with:
+        for name in ("results.json", RUN):
+            if not (pathlib.Path(earlier) / name).exists():
+                raise launch.ConfigError(
+                    f"COMPARE_WITH: there is no {name} in {earlier!r}; give the EVAL_OUTPUT_DIR of an "
+                    "earlier evaluation, or a list of several"
+                )
     tasks = registry.tasks_of(mixture_or_task_name)
     for task in tasks:
         checks.check_vocabularies(task, model)

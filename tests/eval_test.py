@@ -147,6 +147,19 @@ def test_methods_stand_side_by_side_in_one_report(evaluated, run, tmp_path):
     }
 
 
+def test_evaluations_to_compare_with_are_looked_for_before_anything_is_predicted(
+    run, evaluated, tmp_path, capsys
+):
+    for missing in ("nowhere", [str(evaluated), "nowhere"]):
+        assert evaluate(run, tmp_path / "out", COMPARE_WITH=missing) == 2
+        assert "there is no results.json in 'nowhere'" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+    # One folder needs no list.
+    assert evaluate(run, tmp_path, METHOD="again", COMPARE_WITH=str(evaluated)) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| again |" in text and "| flix |" in text
+
+
 def test_a_checkpoint_of_another_method_is_refused_and_nothing_is_written(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert evaluate(run, out, "bases/folder.gin", "methods/lora.gin") == 2
