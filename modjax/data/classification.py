@@ -5,7 +5,7 @@ registry.add_task(
     source,  # examples {"premise": text, "hypothesis": text, "targets": "entailment"}
     [classification.in_template(("premise", "hypothesis")), classification.tokenize_target],
     classification.features(vocabulary, ("not_entailment", "entailment")),
-    metric_names=("accuracy",),
+    metric_names=("exact_match",),
 )
 """
 

@@ -54,6 +54,16 @@ def read(task, converter, inputs, **options):
     return next(batches)
 
 
+def test_the_example_of_the_documentation_registers_its_task(vocabulary):
+    _, example = classification.__doc__.split("\n\n", 1)
+    source = ExamplesSource({"train": ROWS})
+    try:
+        exec(example, {**globals(), "vocabulary": vocabulary, "source": source})
+        assert registry.metric_names_of("rte") == ("exact_match",)
+    finally:
+        registry.remove("rte")
+
+
 def test_pairs_are_joined_in_the_template_and_cut_inside_it(add, vocabulary):
     add("cls_pair", ROWS, ("one", "two"), ("same", "other"))
     sep = vocabulary.sep_id
