@@ -51,6 +51,12 @@ def theirs(path):
     return tokenizer
 
 
+def test_the_base_that_is_shipped_has_a_vocabulary_as_large_as_its_embedding():
+    found = vocabularies.vocabulary_of("tasks/assets/babel_base")
+    assert found == seqio.ByteVocabulary(extra_ids=13)
+    assert found.vocab_size == hub.config_of("tasks/assets/babel_base").vocab_size
+
+
 # There and back.
 
 
