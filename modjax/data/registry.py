@@ -29,6 +29,9 @@ class _Entry:
     arguments: dict[str, Any]  # as `add_task` was given them, but for the source
 
 
+# Names of modules beside those of features, see `modjax.adapters.Features`.
+_RESERVED = {"dataset": "the dataset's own name", "shared": "what all examples have in common"}
+
 _ENTRIES: dict[str, _Entry] = {}
 _ORIGINS: dict[str, str] = {}  # of copies with fewer examples: whose
 
@@ -323,5 +326,15 @@ def _checked_metadata(metadata: Mapping[str, Value] | None, where: str) -> dict[
         )
     as_values(list(metadata), f"{where}, names in metadata")
     for feature, value in metadata.items():
+        if feature in _RESERVED:
+            raise ValueError(
+                f"{where}: a feature cannot be called {feature!r}, which is {_RESERVED[feature]}; "
+                "rename it in the metadata."
+            )
+        if "=" in feature or "," in feature:
+            raise ValueError(
+                f"{where}: the name of feature {feature!r} has a '=' or a ',', so that it could not be "
+                "written as NAME=VALUE,...; rename it in the metadata."
+            )
         as_values(value, f"{where}, feature {feature!r}")
     return {f: v if v is None or isinstance(v, str) else tuple(v) for f, v in metadata.items()}
