@@ -5,6 +5,7 @@ import json
 import pickle
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import gin
 import numpy as np
@@ -52,9 +53,10 @@ def theirs(path):
 
 
 def test_the_base_that_is_shipped_has_a_vocabulary_as_large_as_its_embedding():
-    found = vocabularies.vocabulary_of("tasks/assets/babel_base")
+    shipped = Path(__file__).parents[2] / "tasks" / "assets" / "babel_base"
+    found = vocabularies.vocabulary_of(shipped)
     assert found == seqio.ByteVocabulary(extra_ids=13)
-    assert found.vocab_size == hub.config_of("tasks/assets/babel_base").vocab_size
+    assert found.vocab_size == hub.config_of(shipped).vocab_size
 
 
 # There and back.
