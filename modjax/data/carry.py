@@ -13,6 +13,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from modjax.errors import nearest
+
 DATASET_KEY = "dataset_key"
 INPUTS_TOO_LONG, TARGETS_TOO_LONG = 1, 2
 FLAG_BITS = 2
@@ -101,6 +103,14 @@ def carry_key(name: str, allow_empty: bool) -> Callable[..., tf.data.Dataset]:
         sequence_length: Mapping[str, int] | None = None,
         output_features: Mapping[str, seqio.Feature] | None = None,
     ) -> tf.data.Dataset:
+        fields = dataset.element_spec
+        for feature in output_features or {}:
+            if feature not in fields and feature != DATASET_KEY:
+                raise ValueError(
+                    f"task {name!r}: its examples have no {feature!r} behind its preprocessors."
+                    f"{nearest(feature, fields)}"
+                )
+
         def add(ex: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             return carried(ex, key, name, allow_empty, sequence_length, output_features)
 

@@ -25,11 +25,15 @@ class ExamplesSource(seqio.DataSource):
         when first needed.
 
     Raises:
-      ValueError: when a split is read that does not exist, is empty, or has examples with other
-        keys than the first one.
+      ValueError: examples without the name of a split; or when a split is read that does not exist,
+        is empty, or has examples with other keys than the first one.
     """
 
     def __init__(self, splits: Mapping[str, Examples | Callable[[], Examples]]):
+        if not isinstance(splits, Mapping):
+            raise ValueError(
+                f"ExamplesSource takes {{split: examples}}, as {{'train': [...]}}, not {splits!r:.80}"
+            )
         super().__init__(splits=splits, performs_internal_shuffling=True)
         self._sources = dict(splits)
         self._columns: dict[str, dict[str, Any]] = {}

@@ -421,3 +421,18 @@ def test_without_a_space_tasks_need_no_features():
     )
     batch = next(iterator)
     assert batch["features"].shape == (2, 1, 0) and not batch["tasks"].any()
+
+
+def test_examples_without_what_a_task_needs_are_an_error_that_names_it_and_what_there_is(temporary):
+    temporary("pl_keys", {"train": [{"input": "a", "targets": "b"}]})
+    registry.add_mixture("pl_keys_mix", ["pl_keys", "pl_a"])
+    options = {"task_feature_lengths": LENGTHS, "batch_size": 2}
+    message = "task 'pl_keys': .* no 'inputs'.*Did you mean 'input'.*Known: input, targets"
+    try:
+        for name in ("pl_keys", "pl_keys_mix"):
+            with pytest.raises(ValueError, match=message):
+                next(pipeline.train_iterator(name, "train", None, seed=0, **options))
+        with pytest.raises(ValueError, match=message):
+            next(pipeline.eval_batches("pl_keys", "train", None, **options))
+    finally:
+        registry.remove("pl_keys_mix")

@@ -181,6 +181,11 @@ def test_tasks_without_features_are_seen_if_they_were_trained(add):
     assert found == {"reg_plain": "seen", "reg_other": "unseen_task"}
 
 
+def test_examples_without_the_name_of_a_split_are_refused_at_once():
+    with pytest.raises(ValueError, match="takes {split: examples}.*not \\[{'inputs'"):
+        ExamplesSource(ROWS)
+
+
 def test_lists_of_any_lengths_come_out_as_they_went_in():
     rows = [{"options": ["a", "bcd"]}, {"options": ["e"]}, {"options": ["f", "g", "h"]}]
     numbers = [{"options": np.array(row)} for row in ([1, 2], [3], [4, 5, 6])]
