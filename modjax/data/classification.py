@@ -9,6 +9,7 @@ registry.add_task(
 )
 """
 
+import abc
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from modjax.data.carry import FLAGS, INPUTS_TOO_LONG, map_plainly
+from modjax.data.carry import FLAGS, INPUTS_TOO_LONG, PROBLEM, map_plainly
 from modjax.data.vocabularies import HuggingFaceVocabulary
 from modjax.errors import nearest
+
+_NUMBER = r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*"
 
 
 def features(
@@ -80,12 +83,25 @@ def in_template(texts: Sequence[str] = ("inputs",)) -> Callable[..., tf.data.Dat
 def tokenize_target(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """A preprocessor: the text in `targets` as a label or a number; `targets_pretokenized` keeps it."""
+    """A preprocessor: the text in `targets` as a label or a number; `targets_pretokenized` keeps it.
+
+    A text that is none is an error when the example is read, which names the task.
+    """
     vocabulary = output_features["targets"].vocabulary
 
     def tokenize(ex: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         text = ex["targets"]
-        return {**ex, "targets": vocabulary.encode_tf(text), "targets_pretokenized": text}
+        if text.dtype != tf.string:
+            raise ValueError(
+                f"tokenize_target: 'targets' are {text.dtype.name}; write labels and numbers as text, as '1.5'."
+            )
+        unfit = tf.strings.join(["has the target '", text, f"', which is {vocabulary.none}."])
+        return {
+            **ex,
+            "targets": vocabulary.encode_tf(text),
+            "targets_pretokenized": text,
+            PROBLEM: tf.where(vocabulary.has_tf(text), "", unfit),
+        }
 
     return map_plainly(dataset, tokenize)
 
@@ -94,10 +110,20 @@ tokenize_target.keeps_every_example = True  # type: ignore[attr-defined]
 
 
 class _OneTarget(seqio.Vocabulary):
-    """What a single target of an encoder has in common with text: it is encoded and decoded."""
+    """What a single target of an encoder has in common with text: it is encoded and decoded.
+
+    Attributes:
+      none: what a text is that cannot be encoded, for an error.
+    """
+
+    none: str
 
     def __init__(self) -> None:
         super().__init__(extra_ids=0)
+
+    @abc.abstractmethod
+    def has_tf(self, s: tf.Tensor) -> tf.Tensor:
+        """Whether a scalar text can be encoded, bool."""
 
     @property
     def bos_id(self) -> int | None:
@@ -120,7 +146,7 @@ class LabelVocabulary(_OneTarget):
     """Classes as tokens: label i (from 0) is token i + 1.
 
     Raises:
-      ValueError: no label, or one twice; when encoding, a text that is none.
+      ValueError: no label, or one twice; when encoding, a text that is none (no token in TensorFlow).
     """
 
     def __init__(self, labels: Sequence[str]):
@@ -128,6 +154,7 @@ class LabelVocabulary(_OneTarget):
         self.labels = tuple(labels)
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"Labels must be different texts, at least one, not {labels!r}.")
+        self.none = f"no label; the labels are {', '.join(self.labels)}"
 
     @property
     def _base_vocab_size(self) -> int:
@@ -141,18 +168,21 @@ class LabelVocabulary(_OneTarget):
     def _decode(self, ids: Iterable[int]) -> str:
         return " ".join(self.labels[i - 1] for i in ids if 0 < i <= len(self.labels))
 
+    def has_tf(self, s: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_any(tf.equal(tf.constant(self.labels), s))
+
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         found = tf.where(tf.equal(tf.constant(self.labels), s))[:, 0]
-        known = tf.debugging.Assert(tf.size(found) > 0, [s, "is no label of", list(self.labels)])
-        with tf.control_dependencies([known]):
-            return tf.cast(found, tf.int32) + 1
+        return tf.cast(found, tf.int32) + 1
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LabelVocabulary) and self.labels == other.labels
 
 
 class NumberVocabulary(_OneTarget):
-    """A number as its own token, float32."""
+    """A number as its own token, float32. In TensorFlow a text that is none is NaN."""
+
+    none = "no number"
 
     @property
     def _base_vocab_size(self) -> int:
@@ -172,8 +202,11 @@ class NumberVocabulary(_OneTarget):
     def _decode(self, ids: Iterable[float]) -> str:
         return self.decode(ids)
 
+    def has_tf(self, s: tf.Tensor) -> tf.Tensor:
+        return tf.strings.regex_full_match(s, _NUMBER)
+
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(tf.strings.to_number(s, tf.float32), [1])
+        return tf.reshape(tf.strings.to_number(tf.where(self.has_tf(s), s, "nan"), tf.float32), [1])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NumberVocabulary)

@@ -92,6 +92,10 @@ def test_pairs_are_joined_in_the_template_and_cut_inside_it(add, vocabulary):
 
 def test_numbers_are_float_targets(add):
     add("cls_number", [{"inputs": GREEK, "targets": "-1.25"}], ("inputs",), None)
+    for text in ("3", " 0.5 ", "+.5e-1", "2."):
+        assert classification.NumberVocabulary().encode_tf(text).numpy().tolist() == [
+            np.float32(text)
+        ]
     batch, _ = read("cls_number", converters.RegressionFeatureConverter.ending_with(None), 64)
     assert batch["values"].dtype == np.float32 and batch["values"][0].tolist() == [-1.25]
     assert not batch["encoder_token_types"].any()
@@ -112,5 +116,20 @@ def test_labels_go_there_and_back_and_others_are_refused(add):
         classification.in_template(("a", "b", "c"))
     add("cls_odd", [{"inputs": GREEK, "targets": "maybe"}], ("inputs",), ("no", "yes"))
     make = converters.ClassificationFeatureConverter.ending_with(None)
-    with pytest.raises(ValueError, match="maybe.*is no label of"):
+    message = "task 'cls_odd': an example has the target 'maybe', which is no label; .* no, yes"
+    with pytest.raises(ValueError, match=message):
         read("cls_odd", make, 64)
+
+
+@pytest.mark.parametrize("text", ["maybe", "", "nan", "1,5", "1.5.2"])
+def test_a_target_that_is_no_number_is_an_error_that_names_the_task(add, text):
+    add("cls_odd", [{"inputs": GREEK, "targets": text}], ("inputs",), None)
+    message = f"task 'cls_odd': an example has the target '{text}', which is no number"
+    with pytest.raises(ValueError, match=message):
+        read("cls_odd", converters.RegressionFeatureConverter.ending_with(None), 64)
+
+
+def test_a_number_that_is_no_text_is_refused(add):
+    add("cls_float", [{"inputs": GREEK, "targets": 1.5}], ("inputs",), None)
+    with pytest.raises(ValueError, match="'targets' are float64; write .* as text"):
+        read("cls_float", converters.RegressionFeatureConverter.ending_with(None), 64)
