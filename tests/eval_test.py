@@ -35,28 +35,33 @@ def argv(*files, **macros):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(folder with a random base and a short FLix run that never saw `turn` in sw)."""
-    import train
-
     folder = tmp_path_factory.mktemp("run")
     config = t5.T5Config(260, 16, 2, 8, 32, 1, 1)
     tokens = jax.numpy.ones((1, 4), int)
     init = jax.jit(t5.Transformer(config).init)
     hub.save_base(folder / "base", config, init(jax.random.key(0), tokens, tokens)["params"])
+    train_run(folder, "flix")
+    return folder
+
+
+def train_run(folder, method):
+    import train
+
     flags = argv(
-        *BASE_FILES,
+        "bases/folder.gin",
+        f"methods/{method}.gin",
         "runs/finetune.gin",
         MIXTURE_OR_TASK_NAME="toy_without_turn_sw",
         TRAIN_STEPS=4,
         LEARNING_RATE=0.02,
         BASE=folder / "base",
-        MODEL_DIR=folder / "flix",
+        MODEL_DIR=folder / method,
         RANDOM_SEED=3,
         train__train__tensorboard=False,
         train__train__log_period=2,
     )
     launch.load_gin(launch.parse_flags(flags, "test"), "train")
     gin.get_configurable(train.train)(operative_config=gin.operative_config_str)
-    return folder
 
 
 def evaluate(run, out, *files, **macros):
@@ -195,6 +200,26 @@ def test_a_value_that_nothing_was_learned_for_is_told_and_kept(run, tmp_path, mo
     assert sentence in capsys.readouterr().out
     kept = json.loads((tmp_path / "run.json").read_text())["unknown to the checkpoint"]
     assert len(kept) == 2 and kept[1].startswith(sentence)
+
+
+def test_a_method_without_features_needs_none_of_the_tasks_that_it_is_evaluated_on(
+    run, tmp_path, monkeypatch, capsys
+):
+    train_run(run, "lora")
+    files = ("bases/folder.gin", "methods/lora.gin")
+    lora = {"CHECKPOINT_PATH": run / "lora"}
+    assert evaluate(run, tmp_path / "with", *files, **lora) == 0
+    entry = registry._ENTRIES["toy_turn_sw"]
+    bare = dataclasses.replace(entry, metadata=None)
+    monkeypatch.setitem(registry._ENTRIES, "toy_turn_sw", bare)
+    lora["eval__evaluate__max_examples"] = 5  # examples that were read already are kept
+    assert evaluate(run, tmp_path / "without", *files, **lora) == 0
+    path = pathlib.Path("predictions", "toy_turn_sw.jsonl")
+    found = [(tmp_path / name / path).read_text().splitlines() for name in ("with", "without")]
+    assert found[1] == found[0][:5]
+    # FLix looks them up.
+    assert evaluate(run, tmp_path / "out", eval__evaluate__max_examples=2) == 2
+    assert "task 'toy_turn_sw' has no metadata" in capsys.readouterr().err
 
 
 def test_the_base_alone_needs_the_plain_network(run, tmp_path, capsys):
