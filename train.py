@@ -109,7 +109,7 @@ def train(
         task of `eval_mixture` (default: the mixture trained on) and `eval_split`; 0 for never.
       profile, profile_steps: whether a trace is written to MODEL_DIR/profile, and after how many steps of this run, of
         how many.
-      export_dir: where the base is written at the end, if all of it was trained.
+      export_dir: where the base, with the vocabulary of the tasks, is written at the end, if all of it was trained.
       operative_config: gives the text that is kept with the checkpoints and as
         MODEL_DIR/config.gin.
     """
@@ -349,7 +349,8 @@ def train(
             f"{train_steps}; run the same command again to resume"
         )
     elif export_dir is not None and first:
-        _export(export_dir, model, state, frozen)
+        task = registry.tasks_of(mixture_or_task_name)[0]  # the vocabularies of all fit the base
+        _export(export_dir, model, state, frozen, task)
     return state
 
 
@@ -415,10 +416,14 @@ def _eval_batches(
         yield {name: rows for name, rows in batch.items() if name != "valid"}
 
 
-def _export(folder: str, model: Any, state: TrainState, frozen: Any) -> None:
+def _export(folder: str, model: Any, state: TrainState, frozen: Any, task: str) -> None:
+    import seqio
+
     from modjax import hub
+    from modjax.data import vocabularies
 
     hub.save_base(folder, model.network.config, optimizers.combine(state.trained, frozen))
+    vocabularies.save(seqio.TaskRegistry.get(task).output_features["inputs"].vocabulary, folder)
 
 
 def main(argv: Sequence[str]) -> int:

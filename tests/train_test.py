@@ -15,6 +15,8 @@ import pytest
 from flax import traverse_util
 
 from modjax import adapters, checkpoints, hub, initialize, launch, loop, models
+from modjax.data import seqio
+from modjax.data.vocabularies import vocabulary_of
 from modjax.features import FeatureSpace
 from modjax.networks import t5
 
@@ -96,6 +98,8 @@ def test_pretraining_writes_a_base_that_loads_with_the_trained_values(pretrained
     assert set(flat(base)) == set(trained)
     for path, value in flat(base).items():
         np.testing.assert_array_equal(value, trained[path])
+    task = seqio.TaskRegistry.get("toy_copy_en")
+    assert vocabulary_of(folder / "base") == task.output_features["inputs"].vocabulary
 
 
 def test_a_run_writes_its_metrics_its_configuration_and_its_parameters(pretrained):

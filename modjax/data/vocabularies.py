@@ -46,6 +46,33 @@ def vocabulary_of(path: str | os.PathLike[str]) -> seqio.Vocabulary:
     return HuggingFaceVocabulary(folder / file, **found)
 
 
+def save(vocabulary: seqio.Vocabulary, folder: str | os.PathLike[str]) -> None:
+    """Puts a vocabulary into the folder of a base of ours, for `vocabulary_of`; nothing if it is of a kind not read."""
+    name: str | None
+    if isinstance(vocabulary, HuggingFaceVocabulary):
+        kind, source, name = "huggingface", vocabulary.file, "tokenizer.json"
+    elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        kind, source, name = "sentencepiece", vocabulary.sentencepiece_model_file, "spiece.model"
+    elif isinstance(vocabulary, seqio.ByteVocabulary):
+        kind, source, name = "bytes", None, None
+    else:
+        return
+    target = str(Path(folder) / (name or ""))
+    if name is not None and os.path.realpath(source) != os.path.realpath(target):
+        tf.io.gfile.copy(source, target, overwrite=True)
+    ids = ("bos_id", "eos_id", "unk_id", *(("sep_id", "cls_id") if kind == "huggingface" else ()))
+    found = {i: getattr(vocabulary, i) for i in ids}
+    description = {
+        "kind": kind,
+        "file": name,
+        "token_offset": getattr(vocabulary, "token_offset", 0),
+        # SentencePiece has -1 for what a model lacks, and 0 is padding.
+        **{i: token if token and token > 0 else None for i, token in found.items()},
+        "extra_ids": vocabulary.extra_ids,
+    }
+    tokenizers.write(description, Path(folder))
+
+
 def check_fits(vocabulary: seqio.Vocabulary, network_config: Any, where: str) -> None:
     """Refuses a vocabulary whose tokens are not the network's.
 

@@ -136,10 +136,15 @@ def copy(
         else:
             (destination / name).unlink(missing_ok=True)
     if description is not None:
-        staged = destination / f".{VOCABULARY}.tmp"
-        staged.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.replace(staged, destination / VOCABULARY)
+        write(description, destination)
     return description
+
+
+def write(description: Mapping[str, Any], folder: Path) -> None:
+    """Writes a folder's vocabulary.json, whole or not at all; `description` is one of `describe`."""
+    staged = folder / f".{VOCABULARY}.tmp"
+    staged.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, folder / VOCABULARY)
 
 
 def missing(folder: str | os.PathLike[str]) -> str:

@@ -52,6 +52,18 @@ def theirs(path):
     return tokenizer
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_a_vocabulary_that_is_saved_is_that_of_the_folder(folder, vocabulary, tmp_path, kind):
+    before = vocabulary(kind)
+    vocabularies.save(before, tmp_path)
+    after = vocabularies.vocabulary_of(tmp_path)
+    assert tokenizer_files.describe(tmp_path) == tokenizer_files.describe(folder(kind))
+    assert after.encode(TEXTS["greek"]) == before.encode(TEXTS["greek"])
+    vocabularies.save(after, tmp_path)  # onto itself
+    assert tokenizer_files.describe(tmp_path) == tokenizer_files.describe(folder(kind))
+    vocabularies.save(seqio.PassThroughVocabulary(9), tmp_path / "absent")  # says nothing
+
+
 def test_the_base_that_is_shipped_has_a_vocabulary_as_large_as_its_embedding():
     shipped = Path(__file__).parents[2] / "tasks" / "assets" / "babel_base"
     found = vocabularies.vocabulary_of(shipped)
