@@ -48,26 +48,28 @@ def vocabulary_of(path: str | os.PathLike[str]) -> seqio.Vocabulary:
 
 def save(vocabulary: seqio.Vocabulary, folder: str | os.PathLike[str]) -> None:
     """Puts a vocabulary into the folder of a base of ours, for `vocabulary_of`; nothing if it is of a kind not read."""
-    name: str | None
+    ids: tuple[str, ...] = ("bos_id", "eos_id", "unk_id")
+    file: tuple[str, str] | None = None  # where it is, and its name in the folder
     if isinstance(vocabulary, HuggingFaceVocabulary):
-        kind, source, name = "huggingface", vocabulary.file, "tokenizer.json"
+        kind, file = "huggingface", (str(vocabulary.file), "tokenizer.json")
+        ids += ("sep_id", "cls_id")
     elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        kind, source, name = "sentencepiece", vocabulary.sentencepiece_model_file, "spiece.model"
+        kind, file = "sentencepiece", (vocabulary.sentencepiece_model_file, "spiece.model")
     elif isinstance(vocabulary, seqio.ByteVocabulary):
-        kind, source, name = "bytes", None, None
+        kind = "bytes"
     else:
         return
-    target = str(Path(folder) / (name or ""))
-    if name is not None and os.path.realpath(source) != os.path.realpath(target):
-        tf.io.gfile.copy(source, target, overwrite=True)
-    ids = ("bos_id", "eos_id", "unk_id", *(("sep_id", "cls_id") if kind == "huggingface" else ()))
-    found = {i: getattr(vocabulary, i) for i in ids}
+    if file is not None:
+        source, target = file[0], os.path.join(folder, file[1])
+        if os.path.realpath(source) != os.path.realpath(target):
+            tf.io.gfile.copy(source, target, overwrite=True)
+    found = {name: getattr(vocabulary, name) for name in ids}
     description = {
         "kind": kind,
-        "file": name,
+        "file": file[1] if file else None,
         "token_offset": getattr(vocabulary, "token_offset", 0),
         # SentencePiece has -1 for what a model lacks, and 0 is padding.
-        **{i: token if token and token > 0 else None for i, token in found.items()},
+        **{name: token if token and token > 0 else None for name, token in found.items()},
         "extra_ids": vocabulary.extra_ids,
     }
     tokenizers.write(description, Path(folder))
