@@ -366,7 +366,7 @@ def operative_config(flags: Flags, check: bool = True) -> str:
 
 # What a run may do otherwise when it goes on: how long, where, and how it is watched and computed.
 _OWN_OF_A_SITTING = re.compile(
-    r"TRAIN_STEPS|\w*_(DIR|PATH|PERIOD|STEPS|MODULE)|MICROBATCHES|FSDP|MODEL_PARALLEL|REMAT_POLICY"
+    r"\w*_(DIR|PATH|PERIOD|STEPS|MODULE)|MICROBATCHES|FSDP|MODEL_PARALLEL|REMAT_POLICY"
     r"|(train\.train|partitioning|eval|fewshot)\..*"
 )
 
