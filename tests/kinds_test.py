@@ -245,7 +245,12 @@ def test_one_output_learns_a_number(bases, tmp_path):
     [
         ("decoder", ("methods/lora.gin", "bases/folder.gin"), {}, "use bases/decoder_folder.gin"),
         ("encoder", ("methods/lora.gin", "bases/decoder_folder.gin"), {}, "use bases/encoder_f"),
-        ("encoder", ("methods/lora.gin", "bases/encoder_folder.gin"), {}, "set --gin.NUM_OUTPUTS=N"),
+        (
+            "encoder",
+            ("methods/lora.gin", "bases/encoder_folder.gin"),
+            {},
+            "set --gin.NUM_OUTPUTS=N",
+        ),
         (
             "decoder",
             ("methods/lora.gin", "bases/decoder_folder.gin"),
