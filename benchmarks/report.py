@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import study
+from benchmarks import plots, study
 from benchmarks.family import run as family_study
 from benchmarks.mtop6 import run as mtop6_study
 from benchmarks.trainings import Settings
@@ -23,16 +23,7 @@ from benchmarks.zero_shot import run as zero_shot_study
 
 HERE = pathlib.Path(__file__).resolve().parent
 Row = Mapping[str, Any]
-SETTINGS = {
-    "seen": "seen datasets",
-    "unseen_pair": "unseen pair",
-    "unseen_language": "unseen language",
-}
-POLICY = zero_shot_study.POLICY
 FORMS = ("test", "language_off", "task_off")
-Scores = Mapping[
-    tuple[str, str, str], Sequence[float]
-]  # (point, method, setting) -> the mean of each seed
 
 
 def seeds(store: study.Store) -> list[int]:
@@ -40,7 +31,7 @@ def seeds(store: study.Store) -> list[int]:
     return sorted({cell["config"].get("seed", 0) for cell in store.cells()})
 
 
-def scores(rows: Sequence[Row]) -> Scores:
+def scores(rows: Sequence[Row]) -> plots.Scores:
     """Each seed's mean over the datasets of a setting."""
     groups: dict[tuple[str, str, str], dict[int, list[float]]] = {}
     for row in rows:
@@ -52,195 +43,20 @@ def scores(rows: Sequence[Row]) -> Scores:
     }
 
 
-def table(found: Scores, settings: Sequence[str]) -> str:
+def table(found: plots.Scores, settings: Sequence[str]) -> str:
     """A block of Markdown for each point: methods down, settings across."""
     blocks = []
-    for point in _distinct(point for point, _, _ in found):
+    for point in plots.distinct(point for point, _, _ in found):
         lines = [
             f"| {point} | " + " | ".join(settings) + " | seeds |",
             "|---" * (len(settings) + 2) + "|",
         ]
-        for method in _distinct(method for at, method, _ in found if at == point):
+        for method in plots.distinct(method for at, method, _ in found if at == point):
             values = [found.get((point, method, setting), ()) for setting in settings]
             seeds = max(map(len, values))
             lines.append(f"| {method} | " + " | ".join(map(study.mean, values)) + f" | {seeds} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _distinct(items: Any) -> list[Any]:
-    return list(dict.fromkeys(items))
-
-
-def draw_map(found: Scores, path: pathlib.Path, settings: Sequence[str] = tuple(SETTINGS)) -> None:
-    """Bars of every method at every point, a column for each setting; whiskers are standard errors over seeds."""
-    plt = _pyplot()
-    points = _distinct(point for point, _, _ in found)
-    methods = _distinct(method for _, method, _ in found)
-    figure, axes = plt.subplots(
-        len(points), len(settings), squeeze=False, sharex=True, sharey=True,
-        figsize=(11, 0.6 + len(points) * (0.5 + 0.19 * len(methods))), layout="constrained",
-    )  # fmt: skip
-    for across, setting in enumerate(settings):
-        title = SETTINGS[setting]
-        for down, point in enumerate(points):
-            axis = axes[down][across]
-            for place, method in enumerate(methods):
-                values = found.get((point, method, setting))
-                if values:
-                    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-                    axis.barh(
-                        place,
-                        statistics.fmean(values),
-                        xerr=error,
-                        color=_colour(method),
-                        height=0.75,
-                    )
-            axis.set_yticks(range(len(methods)), methods, fontsize=7)
-            axis.set_title(f"{title}, {point}", fontsize=9)
-            axis.grid(axis="x", alpha=0.3)
-    axes[0][0].invert_yaxis()
-    most = max(map(statistics.fmean, found.values()))
-    axes[0][0].set_xlim(0, 100 if most > 50 else 1.2 * most)
-    for axis in axes[-1]:
-        axis.set_xlabel("exact match, %")
-    _save(figure, path)
-
-
-def leaders(
-    found: Scores, point: str, setting: str, count: int = 2
-) -> list[tuple[str, list[float]]]:
-    """The methods with the best means at a point, best first, each with the mean of each seed.
-
-    Where some methods have several seeds, those with one do not compete. A method that is also scored without its
-    language competes once, with the better of the two.
-    """
-    here = {
-        method: list(values)
-        for (at, method, of), values in found.items()
-        if (at, of) == (point, setting)
-    }
-    if any(len(values) > 1 for values in here.values()):
-        here = {method: values for method, values in here.items() if len(values) > 1}
-    best: dict[str, list[float]] = {}
-    for method in sorted(here, key=lambda method: -statistics.fmean(here[method])):
-        if method.removesuffix(POLICY) not in [name.removesuffix(POLICY) for name in best]:
-            best[method] = here[method]
-    return list(best.items())[:count]
-
-
-def draw_leaders(
-    found: Scores, places: Mapping[str, tuple[str, str]], path: pathlib.Path, against: str = "lora"
-) -> None:
-    """For each setting a map of the points: who leads there, coloured by the lead over `against`.
-
-    Args:
-      found: all scores.
-      places: of each point (its row, its column), in the order in which they are drawn.
-      path: of the plot.
-      against: a method.
-    """
-    plt = _pyplot()
-    rows, columns = (_distinct(place[i] for place in places.values()) for i in (0, 1))
-    size = (13, 0.6 + 0.9 * len(rows))
-    figure, axes = plt.subplots(1, len(SETTINGS), squeeze=False, figsize=size, layout="constrained")
-    for axis, (setting, title) in zip(axes[0], SETTINGS.items(), strict=True):
-        leads = [[float("nan")] * len(columns) for _ in rows]
-        for point, (row, column) in places.items():
-            y, x = rows.index(row), columns.index(column)
-            first = leaders(found, point, setting)
-            theirs = found.get((point, against, setting))
-            if not (first and theirs):
-                axis.text(x, y, "not measured", ha="center", va="center", fontsize=6)
-                continue
-            leads[y][x] = statistics.fmean(first[0][1]) - statistics.fmean(theirs)
-            told = [f"{name.replace(POLICY, ' (off)')}\n{study.mean(v)}" for name, v in first]
-            told.append(f"({against}: {study.mean(theirs)})")
-            axis.text(x, y, "\n".join(told), ha="center", va="center", fontsize=6)
-        image = axis.imshow(leads, vmin=0, vmax=25, cmap="Greens", alpha=0.6, aspect="auto")
-        axis.set_xticks(range(len(columns)), columns)
-        axis.set_yticks(range(len(rows)), rows, rotation=90, va="center")
-        axis.set_title(title)
-    figure.colorbar(image, ax=axes[0][-1], label=f"lead over {against}, points")
-    _save(figure, path)
-
-
-def _colour(method: str) -> str:
-    if method.startswith("lora") or method == "task_only":
-        return "#777777"
-    return "#c2410c" if POLICY in method else "#1d4ed8"
-
-
-def draw_scatter(
-    places: Mapping[str, tuple[float, float]], across: str, up: str, path: pathlib.Path, log: bool
-) -> None:
-    """Methods as labelled points."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, (x, y) in places.items():
-        axis.plot(x, y, "o", color=_colour(method))
-        axis.annotate(method, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
-    if log:
-        axis.set_xscale("log")
-    axis.set_xlabel(across)
-    axis.set_ylabel(up)
-    axis.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def draw_lines(
-    series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, path: pathlib.Path
-) -> None:
-    """A line for each name, which a legend beside the plot tells, the highest line's first."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    series = dict(sorted(series.items(), key=lambda item: -item[1][-1][1]))
-    styles = ("-", "--", ":", "-.")
-    for i, (name, line) in enumerate(series.items()):
-        axis.plot(
-            *zip(*line, strict=True), styles[i // 10 % 4], marker="o", markersize=3, label=name
-        )
-    axis.set_xlabel(across)
-    axis.set_ylabel(up)
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=7, loc="outside right upper")
-    _save(figure, path)
-
-
-def draw_heat(
-    values: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, path: pathlib.Path
-) -> None:
-    """A heat map, rows by name."""
-    plt = _pyplot()
-    size = (1.8 + 0.45 * len(columns), 0.9 + 0.17 * len(values))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    image = axis.imshow(list(values.values()), aspect="auto", cmap="viridis")
-    axis.set_yticks(range(len(values)), list(values), fontsize=6)
-    axis.set_xticks(range(len(columns)), columns, fontsize=7, rotation=45, ha="right")
-    axis.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=axis)
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit(
-            "The plots need matplotlib: pip install -c constraints.txt -e '.[studies]'"
-        ) from None
-    matplotlib.use("svg")
-    # The same data give the same file.
-    matplotlib.rcParams |= {"svg.hashsalt": "modjax", "svg.fonttype": "none", "font.size": 8}
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    _pyplot().close(figure)
 
 
 # The parts. Each writes its plots, and returns its Markdown and its goals.
@@ -262,15 +78,15 @@ def zero_shot(output: pathlib.Path) -> Part:
     if not rows:
         return "", []
     found = scores(rows)
-    draw_map(found, output / "zero_shot.svg")
+    plots.draw_bars(found, output / "zero_shot.svg")
     places = {
         point: (f"base: {base}", f"rank {rank}")
         for point, (base, rank) in zero_shot_study.POINTS.items()
     }
-    draw_leaders(found, places, output / "zero_shot_map.svg")
+    plots.draw_leaders(found, places, output / "zero_shot_map.svg")
     cells = [(cell, gave) for cell in plan.chosen() if (gave := plan.found(cell))]
     settings = {f"{row['task']} {row['language']}": row["setting"] for row in rows}
-    parts = ["## Zero-shot", table(found, list(SETTINGS)), _switched(cells, settings)]
+    parts = ["## Zero-shot", table(found, list(plots.SETTINGS)), _switched(cells, settings)]
     parts.append(_norms(cells, output))
     ours = {name for _, name, _ in found if name.startswith("flix")}
     return "\n\n".join(filter(None, parts)), [
@@ -301,7 +117,7 @@ def zero_shot(output: pathlib.Path) -> Part:
 
 
 def _question(
-    found: Scores, name: str, setting: str, ours: set[str], theirs: set[str]
+    found: plots.Scores, name: str, setting: str, ours: set[str], theirs: set[str]
 ) -> list[dict[str, Any]]:
     """A goal: the mean over points of the best of ours less the best of theirs, in points of exact match, above 0.
 
@@ -310,7 +126,7 @@ def _question(
     """
     gaps: list[float] = []
     variances: list[float | None] = []
-    for point in _distinct(point for point, _, _ in found):
+    for point in plots.distinct(point for point, _, _ in found):
         sides = [
             max(
                 (
@@ -361,7 +177,7 @@ def _switched(cells: Chosen, settings: Mapping[str, str]) -> str:
                 into[setting, form].append(statistics.fmean(gave[form][name] for name in names))
     if not found:
         return ""
-    names = [f"{SETTINGS[setting]}: {form.replace('_', ' ')}" for setting, form in columns]
+    names = [f"{plots.SETTINGS[setting]}: {form.replace('_', ' ')}" for setting, form in columns]
     lines = ["| point | method | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for (point, method), values in found.items():
         shown = " | ".join(study.mean(values[key]) for key in columns)
@@ -377,13 +193,13 @@ def _norms(cells: Chosen, output: pathlib.Path) -> str:
     point = known[0][0].point
     norms = [found for cell, found in known if cell.point == point]
     layers = list(norms[0])
-    modules = _distinct(module for layer in layers for module in norms[0][layer])
+    modules = plots.distinct(module for layer in layers for module in norms[0][layer])
     values = {
         m: [statistics.fmean(of[layer].get(m, 0.0) for of in norms) for layer in layers]
         for m in modules
     }
     title = f"norm of each feature's update, {point}"
-    draw_heat(values, layers, title, output / "feature_norms.svg")
+    plots.draw_heat(values, layers, title, output / "feature_norms.svg")
     return (
         f"The norms of FLix's updates at {point}, mean of {len(norms)} seeds: `feature_norms.svg`."
     )
@@ -404,7 +220,7 @@ def family(output: pathlib.Path) -> Part:
         return "", []
     many = [row for row in rows if row["point"] == "many" and row["setting"] != "unseen_task"]
     few = [row for row in rows if row["point"] != "many"]
-    parts = ["## The family", table(scores(many), list(SETTINGS))]
+    parts = ["## The family", table(scores(many), list(plots.SETTINGS))]
     trained = {
         cell.name_of: gave
         for cell in plan.chosen()
@@ -414,7 +230,7 @@ def family(output: pathlib.Path) -> Part:
         m: statistics.fmean(v) for (_, m, setting), v in scores(many).items() if setting == "seen"
     }
     score = "exact match on seen datasets, %"
-    draw_scatter(
+    plots.draw_scatter(
         {m: (trained[m]["trained"], y) for m, y in seen.items()},
         "trained parameters",
         score,
@@ -422,7 +238,7 @@ def family(output: pathlib.Path) -> Part:
         True,
     )
     step = {m: trained[m]["training_seconds"] / trained[m]["steps"] for m in seen}
-    draw_scatter(
+    plots.draw_scatter(
         {m: (step[m], y) for m, y in seen.items()},
         "seconds of training by the clock, each step",
         score,
@@ -434,20 +250,20 @@ def family(output: pathlib.Path) -> Part:
         skills = [f"skill {i}" for i in range(len(next(iter(routing.values()))))]
         weights = {dataset.partition("_")[2]: shares for dataset, shares in routing.items()}
         title = "Polytropon's routing, mean over layers"
-        draw_heat(weights, skills, title, output / "routing.svg")
+        plots.draw_heat(weights, skills, title, output / "routing.svg")
     goals: list[dict[str, Any]] = []
     if few:
         means = {
             key[:2]: v for key, v in scores([{**row, "setting": "new"} for row in few]).items()
         }
-        for target in _distinct(point.partition(",")[0] for point, _ in means):
+        for target in plots.distinct(point.partition(",")[0] for point, _ in means):
             lines: dict[str, list[tuple[float, float]]] = {}
             for (point, method), values in means.items():
                 if point.startswith(target + ","):
                     shots = int(point.split()[1])
                     lines.setdefault(method, []).append((shots, statistics.fmean(values)))
             name = f"few_shot_{target}.svg"
-            draw_lines(
+            plots.draw_lines(
                 {m: sorted(v) for m, v in lines.items()},
                 "shots",
                 f"exact match, new {target}, %",
@@ -489,9 +305,9 @@ def family(output: pathlib.Path) -> Part:
 
 def _across(means: Mapping[tuple[str, str], Sequence[float]]) -> str:
     """Methods down, points across: the mean over seeds, with its standard error, and the least number of seeds."""
-    points = _distinct(point for point, _ in means)
+    points = plots.distinct(point for point, _ in means)
     lines = ["| | " + " | ".join(points) + " | seeds |", "|---" * (len(points) + 2) + "|"]
-    for method in _distinct(method for _, method in means):
+    for method in plots.distinct(method for _, method in means):
         values = [means.get((point, method), []) for point in points]
         shown = " | ".join(map(study.mean, values))
         lines.append(f"| {method} | {shown} | {min(map(len, values))} |")
@@ -517,7 +333,7 @@ def mtop6(output: pathlib.Path) -> Part:
         parts += [f"{metric.replace('_', ' ').capitalize()}:", _by_language(of_metric)]
     found = scores([row for row in rows if row["metric"] == "exact_match"])
     structure = scores([row for row in rows if row["metric"] == "structure_match"])
-    draw_map(found, output / "mtop6.svg", ("seen", "unseen_pair"))
+    plots.draw_bars(found, output / "mtop6.svg", ("seen", "unseen_pair"))
     goals: list[dict[str, Any]] = []
     ours, loras = "flix_shared_language_dropout", {"lora_4", "lora_16", "lora_64"}
     for title, setting, one, other in (
@@ -534,7 +350,7 @@ def mtop6(output: pathlib.Path) -> Part:
 def _by_language(rows: Sequence[Row]) -> str:
     """A block for each point: methods down, languages across, then the means of trained and held out."""
     blocks = []
-    for point in _distinct(row["point"] for row in rows):
+    for point in plots.distinct(row["point"] for row in rows):
         here = [row for row in rows if row["point"] == point]
         settings = {row["language"]: row["setting"] for row in here}
         order = sorted(settings, key=lambda language: (settings[language] != "seen", language))
@@ -542,7 +358,7 @@ def _by_language(rows: Sequence[Row]) -> str:
         columns = [point, *shown, "trained", "held out", "seeds"]
         lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         means = scores(here)
-        for method in _distinct(row["method"] for row in here):
+        for method in plots.distinct(row["method"] for row in here):
             mine = [row for row in here if row["method"] == method]
             values = [[row["value"] for row in mine if row["language"] == name] for name in order]
             values += [means[point, method, setting] for setting in ("seen", "unseen_pair")]

@@ -4,7 +4,7 @@ import os
 import sys
 
 # Tests compile far more than they compute: let XLA spend less on its programs. Its emitters of fused loops, which go
-# through MLIR, are 40 % of what it spends on them.
+# through MLIR, are a large part of what it spends on them.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from benchmarks import report, study, trainings
+from benchmarks import plots, report, study, trainings
 from benchmarks.family import run as family_study
 from benchmarks.mtop6 import run as mtop6_study
 from benchmarks.zero_shot import run as zero_shot_study
@@ -64,7 +64,7 @@ def test_tables_plots_and_goals(folder, capsys):
     assert gap["value"] == -20.0 and not gap["holds"]
     text = (folder / "out" / "tables.md").read_text()
     assert "| flix | 61.0 ± 1.0 | 40.0 ± 0.0 | 7.0 ± 0.0 | 2 |" in text
-    assert f"| flix{report.POLICY} | 61.0 ± 1.0 | 9.0 ± 0.0 | 7.0 ± 0.0 | 2 |" in text
+    assert f"| flix{plots.POLICY} | 61.0 ± 1.0 | 9.0 ± 0.0 | 7.0 ± 0.0 | 2 |" in text
     switched = "61.0 ± 1.0 | 1.0 ± 0.0 | 0.0 ± 0.0 | 40.0 ± 0.0 | 9.0 ± 0.0 | 0.0 ± 0.0"
     assert f"| all-4 | flix | {switched} |" in text
     assert "mean of 2 seeds" in text
@@ -73,7 +73,7 @@ def test_tables_plots_and_goals(folder, capsys):
 
 
 def test_who_leads_has_several_seeds_where_others_have_and_competes_once():
-    off = report.POLICY
+    off = plots.POLICY
     found = {
         ("p", "lucky", "seen"): [99.0],
         ("p", "lora", "seen"): [50.0, 60.0],
@@ -83,15 +83,15 @@ def test_who_leads_has_several_seeds_where_others_have_and_competes_once():
         ("q", "lora", "seen"): [50.0],
         ("p", "lora", "unseen_pair"): [90.0, 90.0],
     }
-    assert report.leaders(found, "p", "seen") == [(f"flix{off}", [62, 72]), ("lora", [50, 60])]
-    assert report.leaders(found, "q", "seen") == [("lucky", [99]), ("lora", [50])]
-    assert report.leaders(found, "q", "unseen_pair") == []
+    assert plots.leaders(found, "p", "seen") == [(f"flix{off}", [62, 72]), ("lora", [50, 60])]
+    assert plots.leaders(found, "q", "seen") == [("lucky", [99]), ("lora", [50])]
+    assert plots.leaders(found, "q", "unseen_pair") == []
 
 
 def test_the_map_tells_who_leads_where_and_what_was_not_measured(folder):
     found = {("p", "lora", "seen"): [50.0, 60.0], ("p", "flix", "seen"): [60.0, 70.0]}
     places = {"p": ("base: all", "rank 4"), "q": ("base: none", "rank 4")}
-    report.draw_leaders(found, places, folder / "map.svg")
+    plots.draw_leaders(found, places, folder / "map.svg")
     text = (folder / "map.svg").read_text()
     assert text.index("flix") < text.index("65.0 ± 5.0") < text.index("(lora: 55.0 ± 5.0)")
     assert text.count("not measured") == 5  # q, and p in the settings without scores
