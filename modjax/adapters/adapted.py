@@ -12,6 +12,7 @@ around it, and shares the network's scope, so that the base's parameters keep th
 from typing import Any
 
 import flax.linen as nn
+from flax.core import Scope
 
 from modjax.adapters.interceptor import Interceptor
 from modjax.adapters.routing import Mix
@@ -47,6 +48,7 @@ class Adapted(nn.Module):
 
     def setup(self) -> None:
         nn.share_scope(self, self.network)
+        _move(self.network)
 
     def __call__(self, *args: Any, mix: Mix | None = None, **kwargs: Any) -> Any:
         """The network's `__call__`, adapted."""
@@ -79,3 +81,15 @@ class Adapted(nn.Module):
             if rule.mixture.name == name and rule.matches(path):
                 return rule
         raise RuleError(f"No rule puts {name!r} at layer {path!r}.")
+
+
+def _move(module: nn.Module) -> None:
+    """Gives the parts that a module was made with, as nn.Sequential is, the paths and draws of their new place.
+
+    nn.share_scope gives them a new parent, and leaves what they had below the attribute `network`.
+    """
+    for part in module._state.children.values():
+        if isinstance(part, nn.Module) and isinstance(part.scope, Scope) and part.scope.parent:
+            made = part.scope.parent.push(part.scope.name, reuse=True)
+            part.scope.path, part.scope.rngs = made.path, made.rngs
+            _move(part)

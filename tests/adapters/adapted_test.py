@@ -48,6 +48,10 @@ class Scanned(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
+# Made with parts that were made before it, to two levels.
+GIVEN = nn.Sequential([nn.Dense(6), nn.relu, nn.Sequential([nn.Dense(6), nn.Dense(5)])])
+
+
 def expected(params, x, features):
     """`Plain` with FLix on `first`, in numpy, one example at a time."""
     p = jax.tree.map(np.asarray, params)
@@ -77,7 +81,9 @@ def test_flix_on_somebody_elses_network_equals_the_formula(space, move_adapters)
     np.testing.assert_allclose(found, expected(params, x, [(1, 2), (2, 0)]), atol=1e-5)
 
 
-@pytest.mark.parametrize("network", [Plain(), Scanned()], ids=["plain", "scanned_remat"])
+@pytest.mark.parametrize(
+    "network", [Plain(), Scanned(), GIVEN], ids=["plain", "scanned_remat", "given_parts"]
+)
 def test_the_base_keeps_its_paths_and_values_and_step_0_is_the_base(network, space, move_adapters):
     x = jax.random.normal(jax.random.key(3), (2, 4, 6))
     adapted = Adapted(network, (Rule(".*", FLIX),), space)
@@ -116,6 +122,22 @@ def test_a_scanned_rematerialised_network_adapts_as_the_unrolled_one(space, move
         jax.jit(jax.grad(lambda p, h=h: jnp.sum(h(p) ** 2)))(params) for h in (scanned, unrolled)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), *grads)
+
+
+def test_parts_that_a_network_was_made_with_are_named_as_their_parameters_are(space, move_adapters):
+    x = jax.random.normal(jax.random.key(3), (2, 4, 6))
+    mix = Mix(features=jnp.array([[[1, 2]], [[1, 2]]], jnp.int32))
+    adapted = Adapted(GIVEN, (Rule("layers_0|layers_2/layers_1", FLIX),), space)
+    params = move_adapters(adapted.init(jax.random.key(0), x, mix=mix)["params"])
+    added, base = adapters.split(params, adapted)
+    assert {path.rsplit("/", 1)[0] for path in flatten_dict(added, sep="/")} == {
+        "layers_0/flix",
+        "layers_2/layers_1/flix",
+    }
+    merged = adapters.merge(adapted, added, base, task="parse", language="sw")
+    mixed = adapted.apply({"params": params}, x, mix=mix)
+    np.testing.assert_allclose(GIVEN.apply({"params": merged}, x), mixed, atol=1e-5)
+    assert not np.allclose(GIVEN.apply({"params": base}, x), mixed, atol=1e-3)
 
 
 def test_two_mixtures_on_one_layer_add_up(space, move_adapters):
