@@ -31,7 +31,9 @@ def compose(
       adapters: its adapters.
       name: of the composed mixture; modules of other kinds at the same layers are called `<name>_2` and so on.
       **features: the dataset's, as in its metadata: `task="parse", language="sw"`; `dataset=...` where datasets own
-        modules or logits. A feature left out is off; for learned routing, an unknown task, which averages.
+        modules or logits. A feature left out is off; for learned routing, an unknown task, which averages. Of features
+        that own modules also `language={"sw": 0.5, "zu": 0.5}`: their weighted sum, for a language that has no module
+        or whose own was not trained beside this task.
 
     Returns:
       (an Adapted with the same network and single routers, its adapters): applied without features, it gives what the

@@ -240,10 +240,10 @@ class Features(WithoutLogits):
         Args:
           space: the feature space.
           features: `{feature: value or values}`, `dataset` among them where it owns modules; a feature left out or
-            None is off.
+            None is off. `{feature: {value: weight}}` mixes values, as several languages for one that has no module.
 
         Raises:
-          ValueError: an unknown feature or value (the nearest known one is named).
+          ValueError: an unknown feature or value (the nearest known one is named), or a weight that is no number.
         """
         del logits
         names = self._names(space)
@@ -258,13 +258,18 @@ class Features(WithoutLogits):
             known = self._values(space, name)
             weights = np.zeros(len(known), np.float32)
             values = features.get(name)
-            values = (values,) if isinstance(values, str) else tuple(values or ())
-            for value in values:
+            values = (values,) if isinstance(values, str) else values or ()
+            shares = values if isinstance(values, Mapping) else dict.fromkeys(values, 1.0)
+            for value, share in shares.items():
                 if value not in known:
                     raise ValueError(
                         f"Unknown value {value!r} of feature {name!r}." + nearest(value, known)
                     )
-                weights[known.index(value)] = 1.0
+                if not is_number(share) or not np.isfinite(share):
+                    raise ValueError(
+                        f"The weight of {value!r} in feature {name!r} must be a number, got {share!r}."
+                    )
+                weights[known.index(value)] = share
             parts.append(weights)
         weights = np.concatenate([*parts, np.ones(int(self.shared), np.float32)])
         return np.repeat(weights, self.copies) / np.float32(self.copies)

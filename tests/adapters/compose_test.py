@@ -60,6 +60,21 @@ def test_composed_and_merged_equal_mixed(flix, batch, features, ids):
     }
 
 
+def test_values_are_mixed_by_weights(flix):
+    model, params = flix
+    added, base = adapters.split(params, model.module)
+
+    def kernels(language):
+        return adapters.merge(model.module, added, base, task="parse", language=language)
+
+    each = [kernels("sw"), kernels("yo")]
+    expected = jax.tree.map(lambda x, y: 0.25 * x + 0.75 * y, *each)
+    mixed = kernels({"sw": 0.25, "yo": 0.75})
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), mixed, expected)
+    apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *each)
+    assert max(jax.tree.leaves(apart)) > 1e-2
+
+
 def test_compositions_that_mean_nothing_are_refused(flix):
     model, params = flix
     added, _ = adapters.split(params, model.module)

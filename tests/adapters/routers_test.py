@@ -98,8 +98,12 @@ def test_the_weights_of_a_dataset_go_by_names_and_leave_out_what_is_not_said(spa
     router = Features(shared=True)
     assert router.active(space, {"task": "tag"}).tolist() == [0, 1, 0, 0, 0, 1]
     assert router.active(space, {"language": ["en", "yo"]}).tolist() == [0, 0, 1, 0, 1, 1]
+    halves = router.active(space, {"task": "tag", "language": {"en": 0.5, "yo": 0.25}})
+    assert halves.tolist() == [0, 1, 0.5, 0, 0.25, 1]
     with pytest.raises(ValueError, match="Unknown value 'ye' of feature 'language'"):
         router.active(space, {"language": "ye"})
+    with pytest.raises(ValueError, match="weight of 'en' in feature 'language' must be a number"):
+        router.active(space, {"language": {"en": "0.5"}})
     with pytest.raises(ValueError, match="Unknown feature 'lang'. Did you mean 'language'"):
         router.active(space, {"lang": "yo"})
 
