@@ -79,6 +79,12 @@ METHODS = {
     "flix_encoder_language": Method(
         "flix_encoder_language", (_HALVES, "DECODER_RANK = {R}"), _BOTH
     ),
+    # What else could keep a language from holding half of a task; compare with flix_no_dropout.
+    "flix_slow_language": Method("flix_apart", (_HALVES, "LANGUAGE_MULTIPLIER = 0.1"), _BOTH),
+    "flix_small_language": Method("flix_apart", (_HALVES, "LANGUAGE_DECAY = 3.0"), _BOTH),
+    "flix_late_language": Method(
+        "flix_apart", (_HALVES, "LANGUAGE_BEGIN = 400", "LANGUAGE_STEPS = 400"), _BOTH
+    ),
 }
 
 
