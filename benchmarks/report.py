@@ -19,6 +19,7 @@ from benchmarks import plots, study
 from benchmarks.family import run as family_study
 from benchmarks.mtop6 import run as mtop6_study
 from benchmarks.trainings import Settings
+from benchmarks.zero_shot import averages
 from benchmarks.zero_shot import run as zero_shot_study
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -87,6 +88,7 @@ def zero_shot(output: pathlib.Path) -> Part:
     cells = [(cell, gave) for cell in plan.chosen() if (gave := plan.found(cell))]
     settings = {f"{row['task']} {row['language']}": row["setting"] for row in rows}
     parts = ["## Zero-shot", table(found, list(plots.SETTINGS)), _switched(cells, settings)]
+    parts.append(_averages(cells))
     parts.append(_norms(cells, output))
     ours = {name for _, name, _ in found if name.startswith("flix")}
     return "\n\n".join(filter(None, parts)), [
@@ -183,6 +185,12 @@ def _switched(cells: Chosen, settings: Mapping[str, str]) -> str:
         shown = " | ".join(study.mean(values[key]) for key in columns)
         lines.append(f"| {point} | {method} | {shown} |")
     return "Parses with features off:\n\n" + "\n".join(lines)
+
+
+def _averages(cells: Chosen) -> str:
+    """What the mean of other languages' modules does where the own one was not trained with the task."""
+    shown = averages.table(study.Store(HERE / "zero_shot" / "averages.jsonl"), cells)
+    return shown and "Other languages' modules in place of the dataset's own:\n\n" + shown
 
 
 def _norms(cells: Chosen, output: pathlib.Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import cells, study, trainings
 from benchmarks.words import setting as words
-from benchmarks.zero_shot import run
+from benchmarks.zero_shot import averages, run
 from modjax.evaluation import results
 
 POINT = "all-4"
@@ -102,3 +102,35 @@ def test_results_have_the_policy_as_a_method_of_its_own(settings):
     results.check([{k: v for k, v in row.items() if k != "point"} for row in rows], "rows")
     assert {row["point"] for row in rows} == {POINT}
     json.dumps(rows)
+
+
+def test_relatives_are_the_languages_that_trained_with_the_task():
+    from tasks.babel_examples import Babel
+
+    datasets = Babel().datasets()
+    assert averages.relatives(datasets, "parse", "te")["family"] == ["ta", "ti"]
+    assert averages.relatives(datasets, "tag", "mo")["family"] == ["ma", "me", "mi"]
+    found = averages.relatives(datasets, "parse", "mo")["all"]
+    assert found == ["ta", "ka", "ma", "ke", "ti", "mi", "ko"]
+
+
+def test_averages_stand_beside_what_the_checkpoint_gave_and_are_of_that_checkpoint(settings):
+    cells = [run.Cell(POINT, "flix", 0.004, seed) for seed in (0, 1)]
+    of = {"commit": "abc", "date": "2026-01-01"}
+    gave = {
+        "test": {"parse te": 10.0, "parse mo": 20.0},
+        "language_off": {"parse te": 30.0, "parse mo": 0.0},
+        **of,
+    }
+    store = study.Store(settings.output / "averages.jsonl")
+    chosen = [(cell, gave) for cell in cells]
+    assert averages.table(store, chosen) == ""
+    for cell, value in zip(cells, (40.0, 50.0), strict=True):
+        found = {"family": {"parse te": value, "parse mo": 60.0}}
+        found["all"] = {"parse te": 70.0, "parse mo": 80.0}
+        store.add({"name": cell.name, "config": averages.trained(gave), **found})
+    row = averages.table(store, chosen).splitlines()[-1]
+    shown = [text.partition(" ± ")[0] for text in row.strip("| ").split(" | ")]
+    assert shown == [POINT, "flix", "10.0", "30.0", "45.0", "70.0", "20.0", "60.0", "80.0", "2"]
+    with pytest.raises(SystemExit, match="commit was 'abc' and is 'new'"):
+        averages.table(store, [(cells[0], gave | {"commit": "new"})])
