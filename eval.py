@@ -146,7 +146,7 @@ def evaluate(
     unknown_values = checks.unknown_to(space, settings, looked_up)
     if first:
         print("".join(f"{sentence}\n" for sentence in unknown_values), end="")
-    if not set(looked_up) - {"dataset"} and not all(map(registry.has_metadata, tasks)):
+    if not model.looks_up_features and not all(map(registry.has_metadata, tasks)):
         space = FeatureSpace((), space.datasets)  # no feature is looked up, so that none is needed
     examples = runner.read(
         mixture_or_task_name,

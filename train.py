@@ -143,7 +143,7 @@ def train(
     own = checkpoints.steps(model_dir)
     source = model_dir if own else initial_checkpoint_path
     stored = checkpoints.read_metadata(source) if source else None
-    space = feature_space(registry, mixture_or_task_name, features, model)
+    space = registry.feature_space(mixture_or_task_name, features, model.looks_up_features)
     if stored is not None:
         known = FeatureSpace.from_json(stored["space"])
         space = initialize.resolve_space(space, known, bool(own), checkpoints.locate(source))
@@ -352,20 +352,6 @@ def train(
         task = registry.tasks_of(mixture_or_task_name)[0]  # the vocabularies of all fit the base
         _export(export_dir, model, state, frozen, task)
     return state
-
-
-def feature_space(
-    registry: Any, mixture: str, features: Sequence[str] | None, model: Any
-) -> FeatureSpace:
-    """The mixture's feature space; without features where no task has any and no router asks for them."""
-    tasks = registry.tasks_of(mixture)
-    for rule in model.adapted.rules if model.adapted else ():
-        wanted = rule.mixture.router.routes_by
-        if wanted is None or set(wanted) - {"dataset"}:
-            return registry.feature_space(mixture, features)
-    if features is None and not any(registry.has_metadata(task) for task in tasks):
-        return FeatureSpace(features=(), datasets=tuple(tasks))
-    return registry.feature_space(mixture, features)
 
 
 def _describe(model: Any, layout: initialize.Layout) -> str:

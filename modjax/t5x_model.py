@@ -356,31 +356,24 @@ def _space(
     )
     if not routed and any(carry.DATASET_KEY not in task.output_features for task in tasks):
         return None
+
+    def derived() -> FeatureSpace:
+        return registry.feature_space(mixture, features, model.looks_up_features)
+
     for directory in filter(None, directories):
         for folder in (epath.Path(directory), epath.Path(directory).parent):
             if (folder / SPACE_FILE).exists():
                 stored = FeatureSpace.from_json(json.loads((folder / SPACE_FILE).read_text()))
                 if unknown == "none":
                     return stored
-                return initialize.resolve_space(
-                    _derived(registry, mixture, features, routed), stored, True, folder
-                )
+                return initialize.resolve_space(derived(), stored, True, folder)
     if routed and unknown == "none":
         places = ", ".join(str(d) for d in directories if d)
         raise ValueError(
             f"no {SPACE_FILE} in {places or 'any directory'} or beside it: without it the ids that the adapters were "
             "trained with are not known. T5X writes it in MODEL_DIR, `export_t5x` beside a checkpoint."
         )
-    return _derived(registry, mixture, features, routed)
-
-
-def _derived(
-    registry: Any, mixture: str, features: Sequence[str] | None, routed: bool
-) -> FeatureSpace:
-    tasks = registry.tasks_of(mixture)
-    if not routed and features is None and not any(registry.has_metadata(task) for task in tasks):
-        return FeatureSpace(features=(), datasets=tuple(tasks))
-    return registry.feature_space(mixture, features)
+    return derived()
 
 
 def _metrics(loss: jax.Array, sums: Mapping[str, jax.Array]) -> dict[str, Any]:

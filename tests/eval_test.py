@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from modjax import hub, initialize, launch
+from modjax import checkpoints, hub, initialize, launch
 from modjax.data import registry
 from modjax.evaluation import results
 from modjax.networks import t5
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def train_run(folder, method):
+def train_run(folder, method, model_dir=None):
     import train
 
     flags = argv(
@@ -55,7 +55,7 @@ def train_run(folder, method):
         TRAIN_STEPS=4,
         LEARNING_RATE=0.02,
         BASE=folder / "base",
-        MODEL_DIR=folder / method,
+        MODEL_DIR=model_dir or folder / method,
         RANDOM_SEED=3,
         train__train__tensorboard=False,
         train__train__log_period=2,
@@ -220,6 +220,17 @@ def test_a_method_without_features_needs_none_of_the_tasks_that_it_is_evaluated_
     # FLix looks them up.
     assert evaluate(run, tmp_path / "out", eval__evaluate__max_examples=2) == 2
     assert "task 'toy_turn_sw' has no metadata" in capsys.readouterr().err
+
+
+def test_a_method_without_features_needs_none_of_the_tasks_that_it_trains_on(
+    run, tmp_path, monkeypatch, capsys
+):
+    entry = registry._ENTRIES["toy_copy_en"]
+    monkeypatch.setitem(registry._ENTRIES, "toy_copy_en", dataclasses.replace(entry, metadata=None))
+    train_run(run, "lora", tmp_path / "lora")
+    assert checkpoints.read_metadata(tmp_path / "lora")["space"]["features"] == []
+    with pytest.raises(ValueError, match="task 'toy_copy_en' has no metadata"):
+        train_run(run, "flix", tmp_path / "flix")
 
 
 def test_the_base_alone_needs_the_plain_network(run, tmp_path, capsys):

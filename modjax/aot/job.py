@@ -103,7 +103,9 @@ def from_gin(
         from modjax.data import registry
 
         launch.import_tasks(ask("mixture_or_task_module"))
-        space = train.feature_space(registry, ask("mixture_or_task_name"), ask("features"), model)
+        space = registry.feature_space(
+            ask("mixture_or_task_name"), ask("features"), model.looks_up_features
+        )
     else:
         space = generated_space(features)
     if segments is None:

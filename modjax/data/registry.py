@@ -215,20 +215,26 @@ def check_has(task_name: str, splits: Sequence[str], metric: str | None = None) 
             raise ValueError(f"task {task_name!r} has no split {split!r}.{nearest(split, there)}")
 
 
-def feature_space(mixture_or_task: Names, features: Sequence[str] | None = None) -> FeatureSpace:
+def feature_space(
+    mixture_or_task: Names, features: Sequence[str] | None = None, looked_up: bool = True
+) -> FeatureSpace:
     """The features and datasets of the tasks of a mixture.
 
     Args:
       mixture_or_task: one name or several.
       features: which of the features, in this order; all of them, in the order of the first task's
         metadata, if None.
+      looked_up: whether a router looks features up. If none does, and `features` is None, the space
+        of tasks of which some have no metadata has no features, only datasets.
 
     Raises:
       ValueError: a task has no metadata or lacks a feature, or two have different features.
     """
     features = None if features is None else as_values(features, "features")
-    rows = {}
-    for name in tasks_of(mixture_or_task):
+    tasks, rows = tasks_of(mixture_or_task), {}
+    if features is None and not looked_up and not all(map(has_metadata, tasks)):
+        return FeatureSpace((), tuple(dict.fromkeys(map(origin_of, tasks))))
+    for name in tasks:
         row = metadata_of(name)
         for feature in features or ():
             if feature not in row:

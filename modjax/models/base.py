@@ -129,6 +129,13 @@ class Model(abc.ABC):
             return self.converter.PLAIN
         return self.converter.bind(self.adapted.space)
 
+    @property
+    def looks_up_features(self) -> bool:
+        """Whether a router asks for an example's features; its dataset is none."""
+        rules = self.adapted.rules if self.adapted is not None else ()
+        found = (rule.mixture.router.routes_by for rule in rules)
+        return any(names is None or bool(set(names) - {"dataset"}) for names in found)
+
     def with_space(self: M, space: FeatureSpace) -> M:
         """The same model with its routers bound to the names of `space`."""
         if self.adapted is None:

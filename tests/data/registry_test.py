@@ -11,6 +11,7 @@ import seqio
 from modjax import models
 from modjax.data import carry, checks, registry
 from modjax.data.sources import ExamplesSource
+from modjax.features import FeatureSpace
 
 VOCABULARY = seqio.ByteVocabulary()
 FEATURES = {k: seqio.Feature(VOCABULARY) for k in ("inputs", "targets")}
@@ -101,6 +102,11 @@ def test_a_task_without_metadata_is_an_error_that_names_it(add):
     add.mixture("reg_mix", ["reg_bare", *grid(add, ("parse", "en"))])
     with pytest.raises(ValueError, match="'reg_bare' has no metadata"):
         registry.feature_space("reg_mix")
+    # A method that looks no feature up needs none.
+    space = registry.feature_space("reg_mix", looked_up=False)
+    assert space == FeatureSpace((), ("reg_bare", "reg_parse_en"))
+    with pytest.raises(ValueError, match="'reg_bare' has no metadata"):
+        registry.feature_space("reg_mix", ["task"], looked_up=False)
     seqio.TaskRegistry.add(
         "reg_seqio", ExamplesSource({"train": ROWS}), preprocessors=STEPS, output_features=FEATURES
     )
