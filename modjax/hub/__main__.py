@@ -1,6 +1,7 @@
 """Models in and out, on the command line: `python -m modjax.hub COMMAND --help`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -126,15 +127,26 @@ def _export(commands: argparse._SubParsersAction, name: str, text: str) -> argpa
     command.add_argument(
         "--features",
         default="",
-        help="the dataset's, as task=parse,language=sw; see docs/export.md",
+        help="the dataset's, as task=parse,language=sw, or a JSON object; see docs/export.md",
     )
     command.add_argument("--base", help="the folder of the run's base, if it has moved")
     command.add_argument("--force", action="store_true", help="write over what is there")
     return command
 
 
-def _features(text: str) -> dict[str, str | tuple[str, ...]]:
-    """`task=parse,language=sw` as a dictionary; a feature that is named twice has both values."""
+def _features(text: str) -> dict[str, Any]:
+    """`task=parse,language=sw` as a dictionary; a feature that is named twice has both values. Or a JSON object."""
+    if text.startswith("{"):
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise HubError(f"--features {text}: not a JSON object ({error}).") from error
+        for name, value in given.items():
+            if not isinstance(value, str | list | dict):
+                raise HubError(
+                    f"--features {text}: {name!r} is {value!r}, and not a name, a list of names or weights by name."
+                )
+        return given
     found: dict[str, tuple[str, ...]] = {}
     for part in filter(None, text.split(",")):
         name, sign, value = part.partition("=")

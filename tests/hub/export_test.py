@@ -488,6 +488,14 @@ def test_on_the_command_line(base, tmp_path, capsys):
     assert main(command) == 0
     assert "LORA for q" in capsys.readouterr().out
     assert main(command) == 2  # it is there now
+    mixed = '{"task": "parse", "language": {"sw": 0.5, "yo": 0.5}}'
+    assert main(["export_peft", run, "--features", mixed, str(tmp_path / "mixed")]) == 0
+    ranks = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text())["r"]
+        for name in ("peft", "mixed")
+    ]
+    assert ranks[1] * 2 == ranks[0] * 3  # three modules for two
+    capsys.readouterr()
     command = [
         "export_hf",
         run,
@@ -503,6 +511,9 @@ def test_on_the_command_line(base, tmp_path, capsys):
         "task=parse,langauge=sw": "Unknown feature 'langauge'. Did you mean 'language'? Known: task, ",
         "task=parse,language=xx": "unknown value 'xx' of feature 'language'. Known: en, sw, yo.",
         "parse": "'parse' is not of the form NAME=VALUE",
+        '{"task": parse}': "not a JSON object",
+        '{"task": 1}': "'task' is 1, and not a name",
+        '{"language": {"sw": "half"}}': "weight of 'sw' in feature 'language' must be a number",
         "": "nothing to compose",
     }.items():
         destination = str(tmp_path / "none")
