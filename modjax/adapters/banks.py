@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from modjax import partitioning
 from modjax.adapters.routing import ModuleName, Routing, Shares
 from modjax.errors import is_number, nearest
 
@@ -187,11 +188,8 @@ def average_down(x: Array, a: Array, weights: Array) -> Array:
         mean = jnp.einsum("hdmr,hm->hdr", blocks, weights[0, 0])
         return product(x, mean.reshape(width, -1))
     # No size is left to be inferred: there may be no token, as in the empty prompt that makes a decoder's cache.
-    if heads == 1:
-        each = product(x, a)[:, :, None]
-    else:
-        blocks = x.reshape(*x.shape[:2], heads, width // heads)
-        each = jnp.einsum("blhd,hdn->blhn", blocks, a.reshape(heads, -1, columns))
+    blocks = x.reshape(*x.shape[:2], heads, width // heads)
+    each = _by_head(blocks, a.reshape(heads, -1, columns))
     each = each.reshape(*x.shape[:2], heads, modules, columns // modules)
     return jnp.sum(each * weights[..., None], axis=(2, 3))
 
@@ -213,10 +211,19 @@ def average_up(h: Array, b: Array, weights: Array) -> Array:
         return product(h, mean.reshape(-1, features))
     each = weights[..., None] * h[:, :, None, None, :]  # [B, L, H, M, r]
     each = each.reshape(*each.shape[:3], rows)
-    if heads == 1:
-        return product(each[:, :, 0], b)
-    blocks = jnp.einsum("blhn,nhk->blhk", each, b.reshape(rows, heads, -1))
+    blocks = _by_head(each, b.reshape(rows, heads, -1).swapaxes(0, 1))
     return blocks.reshape(*h.shape[:2], features)
+
+
+def _by_head(x: Array, w: Array) -> Array:
+    """`x[:, :, h] @ w[h]` of each head: `x [B, L, H, D]`, `w [H, D, K]`, `[B, L, H, K]`.
+
+    On a CPU one product after the other: what XLA makes of one with a batch axis took up to twice as long there.
+    """
+    heads = w.shape[0]
+    if heads == 1 or partitioning.platform() == "cpu":
+        return jnp.stack([product(x[:, :, head], w[head]) for head in range(heads)], axis=2)
+    return jnp.einsum("blhd,hdk->blhk", x, w)
 
 
 # The same for one dataset, with weights `[..., H, M]`, whose leading axes are a scanned network's layers.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from modjax import adapters
+from modjax import adapters, partitioning
 from modjax.adapters import (
     Adapted,
     Bottleneck,
@@ -249,9 +249,12 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_packed_tokens_get_the_product_of_their_own_tasks_averages(heads, space):
+@pytest.mark.parametrize("heads, platform", [(1, "cpu"), (2, "cpu"), (2, "tpu")])
+def test_packed_tokens_get_the_product_of_their_own_tasks_averages(
+    heads, platform, space, monkeypatch
+):
     """Against a loop that builds each example's matrices, block by block; the third segment's task is unknown."""
+    monkeypatch.setattr(partitioning, "platform", lambda: platform)
     rank, width, features, alpha = 2, 6, 4, 3.0
     mixture = Mixture("poly", LowRank(rank, alpha=alpha), Skills(MODULES, heads))
     adapted = Adapted(nn.Dense(features, use_bias=False), (Rule("", mixture),), space)
