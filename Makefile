@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+# glibc takes large arrays from huge pages: XLA asks for a step's memory anew each time, and a page fault is dear in a
+# virtual machine. Without effect elsewhere.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # A file's tests share what they compile, so one process has all of them.
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

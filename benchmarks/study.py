@@ -157,6 +157,9 @@ def work(
     Raises:
       Exception: of the first cell that failed, after all others are done and kept.
     """
+    # XLA asks for a step's memory anew each time: from huge pages, for a page fault is dear in a virtual machine. What
+    # reads it is the C library of a process that starts.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
     for core in cores(parallel):
