@@ -55,6 +55,7 @@ def _rank(rank: Any) -> str:
 _EVERYWHERE = "ADAPTED_LAYERS = '.*/(query|key|value|out|wi|wi_0|wi_1|wo)'"
 _SKILLS = ("SKILLS = 8", _rank(16), "adapters.LowRank.alpha = 16.0")
 _LANGUAGE_DROPOUT = "FEATURE_DROPOUT = {'language': 0.5}"
+_SLOW = "adapters.LowRank.learning_rate = {'language': 0.1}"
 _SHARED = (
     _rank({"task": 8, "language": 4, "shared": 4}),
     "adapters.Features.shared = True",
@@ -69,6 +70,7 @@ METHODS = {
     "task_only": Method("flix", (_rank(16), "adapters.Features.features = ('task',)")),
     "flix": Method("flix", (_rank(8),), off=True),
     "flix_shared_language_dropout": Method("flix", _SHARED, off=True),
+    "flix_slow_language": Method("flix", (_rank(8), _SLOW), off=True),
     "polytropon": Method("polytropon", _SKILLS),
     # As many as the base's attention has; XLA's CPU compiler is slow at the blocks of more.
     "poly_s": Method("poly_s", (*_SKILLS, "HEADS = 4")),

@@ -54,6 +54,7 @@ _SHARED = (
     "adapters.Features.shared = True",
     "adapters.LowRank.rank = {{'task': {R2}, 'language': {R4}, 'shared': {R4}}}",
 )
+_SLOW = "adapters.LowRank.learning_rate = {{'language': 0.1}}"
 METHODS = {
     "lora": Method("lora", ("adapters.LowRank.rank = {R}",)),
     # As many parameters as flix: R/2 for each of its 4 + 11 values.
@@ -80,7 +81,11 @@ METHODS = {
         "flix_encoder_language", (_HALVES, "DECODER_RANK = {R}"), _BOTH
     ),
     # What else could keep a language from holding half of a task; compare with flix_no_dropout.
-    "flix_slow_language": Method("flix_apart", (_HALVES, "LANGUAGE_MULTIPLIER = 0.1"), _BOTH),
+    "flix_slow_language": Method("flix", (_HALVES, _SLOW), _BOTH),
+    "flix_shared_slow_language": Method("flix", (*_SHARED, _SLOW), _BOTH),
+    "flix_slow_language_dropout": Method(
+        "flix", (_HALVES, _SLOW, "FEATURE_DROPOUT = {{'language': 0.5}}"), _BOTH
+    ),
     "flix_small_language": Method("flix_apart", (_HALVES, "LANGUAGE_DECAY = 3.0"), _BOTH),
     "flix_late_language": Method(
         "flix_apart", (_HALVES, "LANGUAGE_BEGIN = 400", "LANGUAGE_STEPS = 400"), _BOTH
