@@ -54,6 +54,7 @@ _SHARED = (
     "adapters.Features.shared = True",
     "adapters.LowRank.rank = {{'task': {R2}, 'language': {R4}, 'shared': {R4}}}",
 )
+_DROPPED = "FEATURE_DROPOUT = {{'language': 0.5}}"
 _SLOW = "adapters.LowRank.learning_rate = {{'language': 0.1}}"
 METHODS = {
     "lora": Method("lora", ("adapters.LowRank.rank = {R}",)),
@@ -67,15 +68,11 @@ METHODS = {
     "flix_no_dropout": Method("flix", (_HALVES,), _BOTH),
     "flix_shared": Method("flix", (*_SHARED, "FEATURE_DROPOUT = 0.1"), _BOTH),
     # Ours.
-    "flix_language_dropout": Method(
-        "flix", (_HALVES, "FEATURE_DROPOUT = {{'language': 0.5}}"), _BOTH
-    ),
+    "flix_language_dropout": Method("flix", (_HALVES, _DROPPED), _BOTH),
     "flix_wide_task": Method(
         "flix", ("adapters.LowRank.rank = {{'task': {R34}, 'language': {R4}}}",), _BOTH
     ),
-    "flix_shared_language_dropout": Method(
-        "flix", (*_SHARED, "FEATURE_DROPOUT = {{'language': 0.5}}"), _BOTH
-    ),
+    "flix_shared_language_dropout": Method("flix", (*_SHARED, _DROPPED), _BOTH),
     # In the decoder the task's module has all of the rank.
     "flix_encoder_language": Method(
         "flix_encoder_language", (_HALVES, "DECODER_RANK = {R}"), _BOTH
@@ -83,9 +80,8 @@ METHODS = {
     # What else could keep a language from holding half of a task; compare with flix_no_dropout.
     "flix_slow_language": Method("flix", (_HALVES, _SLOW), _BOTH),
     "flix_shared_slow_language": Method("flix", (*_SHARED, _SLOW), _BOTH),
-    "flix_slow_language_dropout": Method(
-        "flix", (_HALVES, _SLOW, "FEATURE_DROPOUT = {{'language': 0.5}}"), _BOTH
-    ),
+    "flix_slow_language_dropout": Method("flix", (_HALVES, _SLOW, _DROPPED), _BOTH),
+    "flix_shared_slow_language_dropout": Method("flix", (*_SHARED, _SLOW, _DROPPED), _BOTH),
     "flix_small_language": Method("flix_apart", (_HALVES, "LANGUAGE_DECAY = 3.0"), _BOTH),
     "flix_late_language": Method(
         "flix_apart", (_HALVES, "LANGUAGE_BEGIN = 400", "LANGUAGE_STEPS = 400"), _BOTH
