@@ -72,7 +72,7 @@ METHODS = {
     "flix_shared_language_dropout": Method("flix", _SHARED, off=True),
     "flix_slow_language": Method("flix", (_rank(8), _SLOW), off=True),
     "polytropon": Method("polytropon", _SKILLS),
-    # As many as the base's attention has; XLA's CPU compiler is slow at the blocks of more.
+    # As many heads as the base's attention has.
     "poly_s": Method("poly_s", (*_SKILLS, "HEADS = 4")),
     "adamix_lora": Method(
         "adamix_lora", ("MODULES = 4", _rank(16), "adapters.LowRank.alpha = 16.0", _EVERYWHERE)

@@ -8,11 +8,11 @@ place of the dataset's own: those of its family, or all, that trained with the t
 `averages.jsonl`, and `python -m benchmarks.report` makes a table of it. Nothing is trained.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,6 +85,17 @@ def score(cell: run.Cell, settings: Settings) -> study.Found:
     return found
 
 
+# A cell, and which training's checkpoint it has to be.
+Open = tuple[run.Cell, tuple[tuple[str, Any], ...]]
+
+
+def do(which: Open, settings: Settings) -> study.Found:
+    """Scores a checkpoint, in a process of the pool."""
+    cell, config = which
+    job = functools.partial(score, cell, settings)
+    return study.do(cell.name, dict(config), job, settings.output / "logs" / cell.name)
+
+
 def table(store: study.Store, chosen: Sequence[tuple[run.Cell, study.Found]]) -> str:
     """Markdown: unseen pairs and the unseen language by point and method, mean and error over seeds.
 
@@ -128,7 +139,7 @@ def table(store: study.Store, chosen: Sequence[tuple[run.Cell, study.Found]]) ->
 
 
 def main(argv: Sequence[str]) -> int:
-    parser: argparse.ArgumentParser = trainings.parser(__doc__, run.TRIAL_SEED, "runs/words")
+    parser = trainings.parser(__doc__, run.TRIAL_SEED, "runs/words")
     parser.add_argument("--points", nargs="+", default=list(run.POINTS), choices=list(run.POINTS))
     flix = [name for name, method in run.METHODS.items() if method.off]
     parser.add_argument("--methods", nargs="+", default=flix, choices=flix)
@@ -139,14 +150,20 @@ def main(argv: Sequence[str]) -> int:
     settings = Settings(args.output.resolve(), args.smoke, tuple(args.bind))
     plan = run.Plan(args.points, args.methods, args.seeds, done, settings)
     chosen = [(cell, gave) for cell in plan.chosen() if (gave := plan.found(cell))]
-    for cell, gave in chosen:
-        config = trained(gave)
-        if not (settings.output / "cells" / cell.name).exists():
-            print(f"{cell.name}: its checkpoint is not there")
-        elif store.get(cell.name, config) is None:
-            job = functools.partial(score, cell, settings)
-            store.add(study.do(cell.name, config, job, settings.output / "logs" / cell.name))
-            print(f"{cell.name}: done", flush=True)
+    there = [pair for pair in chosen if (settings.output / "cells" / pair[0].name).exists()]
+
+    def ready() -> list[Open]:
+        each = [(cell, tuple(trained(gave).items())) for cell, gave in there]
+        return [(cell, config) for cell, config in each if not store.get(cell.name, dict(config))]
+
+    def keep(_: Open, found: study.Found) -> None:
+        store.add(found)
+        print(f"{found['name']}: {found['seconds']:.0f} s", flush=True)
+
+    until = time.monotonic() + 60 * args.minutes
+    job = functools.partial(do, settings=settings)
+    study.work(ready, job, keep, args.parallel, settings.output / "compiled", until)
+    print(f"{len(chosen) - len(there)} of {len(chosen)} checkpoints are not there")
     print(table(store, chosen))
     return 0
 
