@@ -38,7 +38,8 @@ POINTS = {f"{base}-{rank}": (base, rank) for base in BASES for rank in RANKS}
 class Method:
     """A gin file, of methods/ or beside this one, and what is set beside it.
 
-    In the bindings `{R}`, `{R2}`, `{R4}` and `{R34}` are R, R/2, R/4 and 3R/4, and `{wide}` FLix's columns in all.
+    In the bindings `{R}`, `{R2}`, `{R4}` and `{R34}` are R, R/2, R/4 and 3R/4, `{wide}` FLix's columns in all, and
+    `{tasks}` those of its tasks.
     An example uses modules of rank R at every layer, unless the comment says otherwise.
     """
 
@@ -86,6 +87,15 @@ METHODS = {
     "flix_late_language": Method(
         "flix_apart", (_HALVES, "LANGUAGE_BEGIN = 400", "LANGUAGE_STEPS = 400"), _BOTH
     ),
+    "flix_orthogonal": Method(
+        "flix_orthogonal",
+        (
+            _HALVES,
+            "TASK_COLUMNS = {tasks}",
+            "optimizers.Optimizer.algorithm = %ALGORITHM",
+        ),
+        _BOTH,
+    ),
 }
 
 
@@ -131,7 +141,7 @@ class Cell:
         """Of its method, at its rank."""
         rank = POINTS[self.point][1]
         sizes = {"R": rank, "R2": rank // 2, "R4": rank // 4, "R34": rank - rank // 4}
-        sizes["wide"] = 15 * sizes["R2"]
+        sizes |= {"wide": 15 * sizes["R2"], "tasks": 4 * sizes["R2"]}
         return [binding.format(**sizes) for binding in METHODS[self.method].bindings]
 
     def files(self) -> tuple[str, ...]:

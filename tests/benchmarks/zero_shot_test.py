@@ -2,11 +2,16 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from benchmarks import cells, study, trainings
 from benchmarks.words import setting as words
-from benchmarks.zero_shot import averages, run
+from benchmarks.zero_shot import averages, orthogonal, run
+from modjax import adapters
 from modjax.evaluation import results
 
 POINT = "all-4"
@@ -29,6 +34,37 @@ def test_the_bindings_of_every_method_are_read(method, gin):
     files = ("bases/folder.gin", *cell.files(), str(words.HERE / "adapt.gin"))
     cells.configure("train", files, [*RUN, *cell.bindings()])
     assert gin.query_parameter("%METHOD")
+
+
+def test_the_languages_leave_the_span_of_the_tasks_and_nothing_else_moves():
+    key = jax.random.split(jax.random.key(0), 2)
+    params = {"flix": {"a": jax.random.normal(key[0], (6, 5)), "b": jnp.ones((5, 3))}}
+    step = optax.chain(orthogonal.adamw(2, 30.0), optax.scale_by_learning_rate(0.01))
+    moved, _ = step.update(jax.tree.map(jnp.zeros_like, params), step.init(params), params)
+    a = np.asarray(params["flix"]["a"], np.float64)
+    tasks, languages = a[:, :2], a[:, 2:]
+    within = tasks @ np.linalg.solve(tasks.T @ tasks, tasks.T @ languages)
+    assert np.abs(within).max() > 0.1
+    np.testing.assert_allclose(moved["flix"]["a"][:, 2:], -0.3 * within, rtol=1e-4, atol=1e-6)
+    assert not moved["flix"]["a"][:, :2].any() and not moved["flix"]["b"].any()
+
+
+def test_a_layer_of_tasks_alone_is_refused():
+    params = {"flix": {"a": jnp.ones((6, 2))}}
+    step = orthogonal.adamw(2, 30.0)
+    with pytest.raises(ValueError, match=r"'flix'.*'a'.*tasks' columns alone"):
+        step.update(params, step.init(params), params)
+
+
+def test_the_tasks_columns_are_the_first_ones():
+    from modjax.data import registry
+    from tasks import babel
+    from tasks.babel_world import BabelConfig
+
+    babel.register(BabelConfig(), "columns")
+    space = registry.feature_space("columns_train")
+    modules = adapters.Features().modules(space)
+    assert [str(m).partition("=")[0] for m in modules] == ["task"] * 4 + ["language"] * 11
 
 
 @pytest.fixture
