@@ -90,7 +90,7 @@ def evaluate(
       ValueError: names, lengths or batch sizes that do not fit.
     """
     from modjax import hub
-    from modjax.data import checks, registry
+    from modjax.data import checks, registry, vocabularies
     from modjax.evaluation import choices, predict, report, results, runner
 
     errors.check_integer("evaluate.random_seed", random_seed, least=0)
@@ -114,8 +114,9 @@ def evaluate(
                     "earlier evaluation, or a list of several"
                 )
     tasks = registry.tasks_of(mixture_or_task_name)
+    tokenizer = vocabularies.of_base(base)
     for task in tasks:
-        checks.check_vocabularies(task, model)
+        checks.check_vocabularies(task, model, tokenizer)
 
     # The model as it was trained, with the names of its own feature space.
     scan = bool(getattr(getattr(model.network, "config", None), "scan_layers", False))

@@ -113,7 +113,7 @@ def train(
       operative_config: gives the text that is kept with the checkpoints and as
         MODEL_DIR/config.gin.
     """
-    from modjax.data import checks, converters, pipeline, registry
+    from modjax.data import checks, converters, pipeline, registry, vocabularies
 
     if base is None:
         raise launch.ConfigError(
@@ -160,8 +160,9 @@ def train(
         max_segments = converters.default_max_segments(task_feature_lengths)
     batch = model.example_batch(task_feature_lengths, space, max_segments if pack else None)
     layout = initialize.layout(model, batch, optimizer.groups, partitioner)
+    tokenizer = vocabularies.of_base(base)
     for task in registry.tasks_of(mixture_or_task_name):
-        checks.check_vocabularies(task, model)
+        checks.check_vocabularies(task, model, tokenizer)
     if eval_steps:
         for task in registry.tasks_of(eval_mixture or mixture_or_task_name):
             registry.check_has(task, (eval_split,))

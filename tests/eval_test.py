@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 
 import gin
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from modjax import checkpoints, hub, initialize, launch
-from modjax.data import registry
+from modjax.data import registry, vocabularies
 from modjax.evaluation import results
 from modjax.networks import t5
+from tests.testdata import tokenizer_folders
 
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
 sys.path.insert(0, str(TESTDATA))
@@ -231,6 +233,18 @@ def test_a_method_without_features_needs_none_of_the_tasks_that_it_trains_on(
     assert checkpoints.read_metadata(tmp_path / "lora")["space"]["features"] == []
     with pytest.raises(ValueError, match="task 'toy_copy_en' has no metadata"):
         train_run(run, "flix", tmp_path / "flix")
+
+
+def test_tasks_in_another_vocabulary_than_the_bases_own_are_refused(run, tmp_path, capsys):
+    shutil.copytree(run / "base", tmp_path / "base")
+    other = vocabularies.vocabulary_of(tokenizer_folders.make("unigram", tmp_path / "tokenizer"))
+    vocabularies.save(other, tmp_path / "base")
+    said = "task 'toy_copy_en' is in another vocabulary than its base"
+    with pytest.raises(ValueError, match=said):
+        train_run(tmp_path, "flix")
+    assert not checkpoints.steps(tmp_path / "flix")
+    assert evaluate(run, tmp_path / "out", BASE=tmp_path / "base") == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_base_alone_needs_the_plain_network(run, tmp_path, capsys):

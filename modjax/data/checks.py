@@ -28,17 +28,23 @@ def check_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
     return lengths
 
 
-def check_vocabularies(task: str, model: Any) -> None:
+def check_vocabularies(task: str, model: Any, base: seqio.Vocabulary | None = None) -> None:
     """Checks that a task's tokens are those of a model's base.
 
+    Args:
+      task: a name.
+      model: see `modjax.models`.
+      base: the vocabulary of the base's own tokenizer, where it is known.
+
     Raises:
-      ValueError: another numbering, more tokens than the base has, or another end of a text; the
-        task is named.
+      ValueError: another numbering, more tokens than the base has, other tokens, or another end of a text; the task is
+        named.
     """
     where = f"task {task!r}"
     config = getattr(model.network, "config", None)
     features = seqio.TaskRegistry.get(task).output_features
     vocabularies.check_fits(features["inputs"].vocabulary, config, where)
+    vocabularies.check_same(features["inputs"].vocabulary, base, where)
     targets = features["targets"].vocabulary
     eos = getattr(model, "eos_id", None)
     if eos is None:
@@ -56,6 +62,7 @@ def check_vocabularies(task: str, model: Any) -> None:
             )
         return
     vocabularies.check_fits(targets, config, where)
+    vocabularies.check_same(targets, base, where)
     if targets.eos_id is not None and targets.eos_id != eos:
         raise ValueError(
             f"{where} ends its targets with token {targets.eos_id}, the model decodes up to token "

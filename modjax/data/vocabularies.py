@@ -106,6 +106,43 @@ def check_fits(vocabulary: seqio.Vocabulary, network_config: Any, where: str) ->
         )
 
 
+def of_base(path: str | os.PathLike[str] | None) -> seqio.Vocabulary | None:
+    """`vocabulary_of` for `check_same`: None where there is no folder, or no tokenizer in it that can be read."""
+    try:
+        return None if path is None else vocabulary_of(path)
+    except HubError:
+        return None
+
+
+def check_same(vocabulary: seqio.Vocabulary, base: seqio.Vocabulary | None, where: str) -> None:
+    """Refuses a vocabulary whose tokens fit the base's embedding and mean something else there.
+
+    Two libraries may read one tokenizer, and differ in a special token or a space; so tokens over the whole range are
+    written out alone, and half of them must be the same text.
+
+    Args:
+      vocabulary: of a task's inputs or targets. One that is of no kind of `vocabulary_of` is not looked at.
+      base: of the base's folder, see `of_base`; None if unknown.
+      where: of whom the error speaks, as "task 'mtop_en'".
+
+    Raises:
+      ValueError: fewer are; a token of which they differ is shown.
+    """
+    if not isinstance(vocabulary, _KINDS) or base is None or vocabulary == base:
+        return
+    size = max(vocabulary.vocab_size, base.vocab_size)
+    ids = [int(i) for i in np.unique(np.linspace(1, size - 1, 512).astype(int))]
+    texts = [(i, vocabulary.decode([i]).strip(), base.decode([i]).strip()) for i in ids]
+    different = [pair for pair in texts if pair[1] != pair[2]]
+    if 2 * len(different) > len(texts):
+        token, ours, theirs = different[len(different) // 2]
+        raise ValueError(
+            f"{where} is in another vocabulary than its base: token {token} is {ours!r} there and {theirs!r} in the "
+            f"base's tokenizer, and so are {len(different)} of {len(texts)} tokens. Use the base's own: "
+            "modjax.data.vocabularies.vocabulary_of(FOLDER OF THE BASE)."
+        )
+
+
 class HuggingFaceVocabulary(seqio.Vocabulary):
     """A tokenizer.json as a SeqIO vocabulary.
 
@@ -300,6 +337,9 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
             f"HuggingFaceVocabulary(file={self.file}, token_offset={self.token_offset}, {ids}, "
             f"extra_ids={self.extra_ids}, sha256={self._read().digest[:12]})"
         )
+
+
+_KINDS = (HuggingFaceVocabulary, seqio.SentencePieceVocabulary, seqio.ByteVocabulary)
 
 
 @dataclasses.dataclass(frozen=True)

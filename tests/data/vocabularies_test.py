@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -351,6 +352,39 @@ def test_a_vocabulary_that_does_not_fit_the_network_is_an_error(vocabulary):
     ):
         with pytest.raises(ValueError, match="task 't': token t of the vocabulary stands for row"):
             vocabularies.check_fits(vocab, config, "task 't'")
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_vocabulary_is_that_of_the_base_wherever_it_was_read_from(
+    folder, vocabulary, tmp_path, kind
+):
+    shutil.copytree(folder(kind), tmp_path / "copy")
+    base = vocabularies.of_base(tmp_path / "copy")
+    vocabularies.check_same(vocabulary(kind), base, "task 't'")
+    for other in set(ALL) - {kind}:
+        with pytest.raises(ValueError, match="task 't' is in another vocabulary than its base: "):
+            vocabularies.check_same(vocabulary(other), base, "task 't'")
+
+
+def test_two_libraries_may_read_one_tokenizer(folder, vocabulary, tmp_path):
+    pieces = vocabulary("sentence_piece")
+    model = pieces.tf_tokenizer and pieces.tokenizer
+    known = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(known, model.unk_id()))
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    fast = vocabularies.HuggingFaceVocabulary(tmp_path / "tokenizer.json", eos_id=1)
+    for one, other in ((fast, pieces), (pieces, fast)):
+        assert one != other
+        vocabularies.check_same(one, other, "task 't'")
+
+
+def test_sentinels_make_no_other_vocabulary_and_an_unknown_base_refuses_none(tmp_path):
+    bytes_alone = seqio.ByteVocabulary(extra_ids=0)
+    vocabularies.check_same(bytes_alone, seqio.ByteVocabulary(extra_ids=125), "task 't'")
+    for unknown in (None, tmp_path, tmp_path / "nowhere", "random"):
+        assert vocabularies.of_base(unknown) is None
+    vocabularies.check_same(bytes_alone, None, "task 't'")
 
 
 def test_a_batch_with_tokens_that_have_no_embedding_is_refused_by_name():
