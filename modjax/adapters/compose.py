@@ -66,15 +66,19 @@ def compose(
             f"No module is active for {features or 'no features'}: there is nothing to compose."
         )
     places: dict[tuple[str, str], dict[str, Any]] = {}
-    paths: dict[tuple[str, Any], list[str]] = {}
+    paths: dict[tuple[int, Any], list[str]] = {}
+
+    def named(i: int) -> str:
+        return name if i == 0 else f"{name}_{i + 1}"
+
     for path, found in composed.items():
         for i, (module, leaves) in enumerate(found):
-            own = name if i == 0 else f"{name}_{i + 1}"
-            places[path, own] = leaves
-            paths.setdefault((own, module), []).append(path)
+            places[path, named(i)] = leaves
+            paths.setdefault((i, module), []).append(path)
+    # A layer applies its modules as the rules are ordered.
     rules = tuple(
-        Rule("|".join(re.escape(path) for path in at), Mixture(own, module))
-        for (own, module), at in sorted(paths.items(), key=lambda item: item[0][0])
+        Rule("|".join(re.escape(path) for path in at), Mixture(named(i), module))
+        for (i, module), at in sorted(paths.items(), key=lambda item: item[0][0])
     )
     return Adapted(adapted.network, rules, streams=adapted.streams), from_places(places)
 
@@ -129,8 +133,11 @@ def merge(
         )
     composed, leaves = compose(adapted, adapters, **features)
     flat = dict(flatten_dict(base, sep="/"))
-    for (path, name), bank in banks(leaves, composed).items():
-        module = composed.rule_for(path, name).mixture.module
+    found = [
+        (path, composed.rule_for(path, name).mixture.module, bank)
+        for (path, name), bank in banks(leaves, composed).items()
+    ]
+    for path, module, bank in sorted(found, key=lambda part: merges_last(part[1])):
         kernel_path, bias_path = within(path, "kernel"), within(path, "bias")
         kernel, bias = flat[kernel_path], flat.get(bias_path)
         matrix, flat_bias = _as_matrix(kernel, bias, module, bank)
@@ -139,6 +146,11 @@ def merge(
         if bias is not None:
             flat[bias_path] = merged_bias.reshape(bias.shape).astype(bias.dtype)
     return unflatten_dict(flat, sep="/")
+
+
+def merges_last(module: Any) -> bool:
+    """Whether a module is merged after a layer's others: `(x * s) (W + a b)` is `x` times `s * (W + a b)`."""
+    return module.acts_on == "input"
 
 
 def _as_matrix(kernel: Any, bias: Any, module: Any, bank: dict[str, Any]) -> tuple[Any, Any]:

@@ -85,13 +85,24 @@ def routers(adapters: Tree, adapted: Adapted) -> dict[tuple[str, str], Any]:
 
 
 def banks(adapters: Tree, adapted: Adapted) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(layer path, mixture name): the module's leaves}: `places` without the routers' parameters."""
+    """{(layer path, mixture name): the module's leaves}: `places` without the routers' parameters.
+
+    A layer's are in the order in which it applies them: what acts on its input, then the others, each as the rules are.
+    """
     found = {}
     for place, leaves in places(adapters, adapted).items():
         own = {name: leaf for name, leaf in leaves.items() if name != ROUTER_LEAF}
         if own:
             found[place] = own
-    return found
+
+    layers = {path: i for i, path in enumerate(dict.fromkeys(path for path, _ in found))}
+
+    def order(place: tuple[str, str]) -> tuple[int, bool, int]:
+        rule = adapted.rule_for(*place)
+        last = rule.mixture.module.acts_on != "input"
+        return layers[place[0]], last, adapted.rules.index(rule)
+
+    return {place: found[place] for place in sorted(found, key=order)}
 
 
 def logical_axes(adapters: Tree, adapted: Adapted, base: Tree, base_axes: Tree) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from modjax.adapters.compose import merges_last
 from modjax.hub import tokenizers
 from modjax.hub.hf_import import check_free
 from modjax.hub.run import Layers, Run, open_run
@@ -130,6 +131,6 @@ def _merge(
     kernel, bias = (params.get(f"{layer}/{leaf}") for leaf in ("kernel", "bias"))
     new = jnp.asarray(kernel, jnp.float32)
     new_bias = None if bias is None else jnp.asarray(bias, jnp.float32)
-    for module, leaves in found:
+    for module, leaves in sorted(found, key=lambda part: merges_last(part[0])):
         new, new_bias = module.merge(leaves, new, new_bias)
     return {"kernel": np.asarray(new)} | ({} if bias is None else {"bias": np.asarray(new_bias)})

@@ -3,6 +3,7 @@
 import json
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,20 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from modjax import adapters, initialize
-from modjax.adapters import Adapted, Features, LowRank, Mixture, Rule, Single, Skills
+from modjax.adapters import (
+    Adapted,
+    Bottleneck,
+    Features,
+    LowRank,
+    Mixture,
+    Rule,
+    Scale,
+    Single,
+    Skills,
+    trees,
+)
 from modjax.features import FeatureSpace
+from modjax.hub import export
 from modjax.models import EncoderDecoderModel
 
 LAYERS = ".*/(query|value|wi_0|wo)"
@@ -318,3 +331,58 @@ def test_copies_that_a_step_did_not_draw_rest(copies):
         ("task=parse#0", 2),
         ("task=parse#1", 2),
     )
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, name="out")(nn.relu(nn.Dense(8, name="hidden")(x)))
+
+
+PAIR = LowRank({"task": 2, "language": 1})
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"lora": PAIR, "ia3": Scale("output")},
+        {"ia3": Scale("output"), "lora": PAIR},
+        {"ia3": Scale("input"), "lora": PAIR},
+        {"lora": PAIR, "ia3": Scale("input"), "also": Scale("output")},
+        {"z": PAIR, "m": Scale("output"), "a": PAIR},
+        {"z": PAIR, "a": Bottleneck(3)},
+        {"z": Bottleneck(3), "m": PAIR, "a": Bottleneck(2)},
+    ],
+    ids=lambda named: "-".join(f"{name}:{type(m).__name__}" for name, m in named.items()),
+)
+def test_a_layers_mixtures_are_composed_and_merged_in_the_order_of_their_rules(named, space):
+    rng = jax.random.key(0)
+    rules = tuple(Rule("out|hidden", Mixture(n, m, Features())) for n, m in named.items())
+    model, x = Adapted(Two(), rules, space), jax.random.normal(rng, (2, 3, 5))
+    features = jnp.tile(jnp.array([1, 2], jnp.int32), (2, 1, 1))
+    # Under jit, as in a run, parameters come out by the names' order in the alphabet.
+    params = jax.jit(lambda key: model.init(key, x, mix=adapters.Mix(features)))(rng)["params"]
+    params = jax.tree.map(
+        lambda p, key: p + 0.5 * jax.random.normal(key, p.shape), params, keys(rng, params)
+    )
+    mixed = model.apply({"params": params}, x, mix=adapters.Mix(features))
+    added, base = adapters.split(params, model)
+    chosen = dict(task="parse", language="sw")
+    one, leaves = adapters.compose(model, added, **chosen)
+    composed = one.apply({"params": adapters.join(base, leaves)}, x)
+    np.testing.assert_allclose(composed, mixed, rtol=1e-4, atol=1e-4)
+    if not any(isinstance(module, Bottleneck) for module in named.values()):
+        merged = adapters.merge(model, added, base, **chosen)
+        np.testing.assert_allclose(Two().apply({"params": merged}, x), mixed, rtol=1e-4, atol=1e-4)
+        layers = {}
+        for (path, name), bank in trees.banks(leaves, one).items():
+            layers.setdefault(path, []).append((one.rule_for(path, name).mixture.module, bank))
+        flat = flatten_dict(base, sep="/")
+        for path, found in layers.items():
+            for leaf, value in export._merge(flat, path, found).items():
+                np.testing.assert_allclose(value, merged[path][leaf], rtol=1e-5, atol=1e-5)
+
+
+def keys(key, tree):
+    leaves, shape = jax.tree.flatten(tree)
+    return jax.tree.unflatten(shape, list(jax.random.split(key, len(leaves))))
