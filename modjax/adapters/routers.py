@@ -155,6 +155,8 @@ class Features(WithoutLogits):
         start = 0
         for name in self._names(space):
             stop = start + len(self._values(space, name))
+            if start == stop:  # every dataset has None here
+                continue
             if name == DATASET:
                 slots.append((name, None, start, stop))
             else:
@@ -189,16 +191,23 @@ class Features(WithoutLogits):
                     f"{space.num_slots}: {', '.join(space.slot_features)}."
                 )
             ids.append(source if column is None else source[..., column])
-        index = jnp.stack(ids, axis=-1) - 1
-        sizes = np.array([stop - start for _, _, start, stop in slots])
-        starts = np.array([start for _, _, start, _ in slots])
+        if ids:
+            index = jnp.stack(ids, axis=-1) - 1
+        else:
+            known = mix.features if mix.tasks is None else mix.tasks[..., None]
+            if known is None:
+                raise ValueError('Router Features needs batch["features"] or batch["tasks"].')
+            index = jnp.zeros((*known.shape[:2], 0), jnp.int32)
+        sizes = np.array([stop - start for _, _, start, stop in slots], np.int32)
+        starts = np.array([start for _, _, start, _ in slots], np.int32)
         index = jnp.where((index >= 0) & (index < sizes), index + starts, -1)
         names = [name for name, *_ in slots]
         ranges = tuple((start, stop) for _, _, start, stop in slots)
         if self.shared:
             # Padding segments have no example: they need no exception, since their tokens count for nothing.
             last = ranges[-1][1] if ranges else 0
-            index = jnp.concatenate([index, jnp.full_like(index[..., :1], last)], axis=-1)
+            everywhere = jnp.full((*index.shape[:-1], 1), last, index.dtype)
+            index = jnp.concatenate([index, everywhere], axis=-1)
             names, ranges = [*names, SHARED], (*ranges, (last, last + 1))
         gate = (index >= 0).astype(jnp.float32)
         rates = np.array([self._rate(name) for name in names], np.float32)

@@ -28,6 +28,21 @@ def test_an_id_beyond_the_space_is_none_like_0_and_not_another_features_module(s
     assert weights(Features(), mix, space)[:, 0].tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]
 
 
+def test_a_feature_that_every_dataset_has_none_of_is_no_slot():
+    rows = {"a": {"task": "parse", "domain": None}, "b": {"task": "tag", "domain": None}}
+    space = FeatureSpace.from_metadata(rows)
+    features = jnp.array([[space.encode(row)] for row in rows.values()])
+    mix = Mix(features=features)
+    assert weights(Features(), mix, space)[:, 0].tolist() == [[1, 0], [0, 1]]
+    only = Features(features=("domain",), shared=True)
+    assert weights(only, mix, space)[:, 0].tolist() == [[1], [1]]
+    assert weights(Features(features=(), shared=True), mix, space)[:, 0].tolist() == [[1], [1]]
+    for router in (Features(), only):
+        routing = router.route(mix, space, lambda: jax.random.key(0))
+        gates = LowRank(2).prepare(routing, router.modules(space), None, "sum")
+        assert (np.asarray(gates.gathered).sum(-1) == 2).all()
+
+
 def test_datasets_own_modules_under_the_name_dataset(space):
     mix = Mix(tasks=jnp.array([[2], [0]], jnp.int32))
     router = Features(features=("dataset",))
