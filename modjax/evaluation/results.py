@@ -30,7 +30,7 @@ FIELDS = ("method", "task", "language", "setting", "metric", "value", "n", "seed
 KEY = ("method", "task", "language", "metric", "seed")
 SETTINGS = ("seen", "unseen_pair", "unseen_language")
 
-_SETTING = re.compile(r"seen|unseen_\w+")
+_SETTING = re.compile(r"seen|unseen_.+")
 
 
 class ResultsError(ValueError):

@@ -92,7 +92,8 @@ def test_a_missing_or_undecodable_file_is_named(tmp_path):
 
 
 def test_unseen_features_of_any_name_are_settings():
-    assert results.check([row(setting="unseen_domain")], "x")
+    for name in ("domain", "text-type", "source.kind", "two words"):
+        assert results.check([row(setting=f"unseen_{name}")], "x")
 
 
 def test_merging_keeps_order_and_what_is_said_twice_once():
