@@ -149,8 +149,7 @@ def adapt(
             curve[step] = statistics.mean(
                 row["value"] for row in found if row["metric"] == protocol.metric
             )
-        # The first of the best: the fewest steps.
-        chosen = max(curve, key=lambda step: (curve[step], -step))
+        chosen = _best(curve, protocol.metric)
         selection = {"metric": protocol.metric, "validation": curve, "selected": chosen}
         if jax.process_index() == 0:
             results.write_text(folder / "selection.json", json.dumps(selection, indent=1) + "\n")
@@ -162,6 +161,14 @@ def adapt(
         results.write(os.path.join(model_dir, "results.json"), rows)
         print(report.table(rows, [protocol.metric]))
     return rows
+
+
+def _best(curve: Mapping[int, float], metric: str) -> int:
+    """The step with the best value; of equals the first, for it is the fewest steps."""
+    from modjax.evaluation import metrics
+
+    sign = -1 if metric in metrics.LOWER_IS_BETTER else 1
+    return max(curve, key=lambda step: (sign * curve[step], -step))
 
 
 def _place(folder: pathlib.Path, step: int, split: str) -> dict[str, str]:

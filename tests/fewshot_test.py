@@ -89,6 +89,11 @@ def trained(folder, step=None):
     return traverse_util.flatten_dict(tree, sep="/")
 
 
+def test_the_best_step_is_the_first_of_the_best_whichever_way_better_is():
+    assert fewshot._best({0: 1.0, 100: 7.0, 200: 7.0}, "exact_match") == 100
+    assert fewshot._best({0: 9.0, 100: 2.0, 200: 2.0}, "malformed") == 100
+
+
 def test_z_moves_the_new_tasks_logits_alone_and_reports_the_start_and_the_selected_step(
     many, tmp_path
 ):
