@@ -181,6 +181,7 @@ def train(
         _, weights = hub.load_base(base, scan_layers=scan)
         frozen = initialize.take_base(layout.frozen, weights, names, base)
         known = initialize.take_base(layout.trained, weights, names, base)
+        known = initialize.to_float32(known)
         new = initialize.without(initialize.added(layout.trained, names), known)
         trained = optimizers.combine(known, initialize.host_init(model, batch, new, random_seed))
         del weights  # which the frozen part may soon be a smaller copy of
@@ -188,7 +189,7 @@ def train(
         "method": adapters.describe_method(model.adapted) if model.adapted else "full",
         "space": space.to_json(),
         "base": provenance.fingerprint(frozen),
-        "mixture": registry.origin_of(mixture_or_task_name),
+        "mixture": registry.trained_by(mixture_or_task_name),
         "name": method,
         "seed": random_seed,
         "gin": operative_config(),

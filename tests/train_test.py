@@ -265,6 +265,21 @@ def test_a_base_of_another_size_or_vocabulary_is_refused(pretrained, tmp_path):
         train(*sizes, t5__T5Config__vocab_size=100, **options)
 
 
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_what_trains_of_a_base_in_bfloat16_trains_in_float32(pretrained, tmp_path, method):
+    _, params = hub.load_base(pretrained[0] / "base")
+    narrow = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), params)
+    hub.save_base(tmp_path / "base", hub.config_of(pretrained[0] / "base"), narrow)
+    options = {"BASE": tmp_path / "base", "TRAIN_STEPS": 1, "MODEL_DIR": tmp_path / "run"}
+    files = ("runs/finetune.gin", "bases/folder.gin", f"methods/{method}.gin")
+    trained = train(*files, LEARNING_RATE=1e-5, WARMUP=0, **options)
+    before = flat(narrow)
+    for path, value in trained.items():
+        assert value.dtype == np.float32, path
+        # Half of the last bit of a bfloat16 near 1 is 2e-3.
+        assert 0 < np.abs(value - before[path].astype(np.float32)).max() < 1e-4, path
+
+
 def test_a_mistake_is_one_line_and_an_exit_status(capsys):
     import train as entry
 

@@ -246,6 +246,14 @@ def feature_space(
     return FeatureSpace.from_metadata(rows)
 
 
+def trained_by(mixture_or_task: str) -> str | list[str]:
+    """What a run trains, for `seen_settings`: the mixture, or the tasks of it that have a split "train", where some,
+    which SeqIO leaves out, have none. In names that outlive this process."""
+    tasks = tasks_of(mixture_or_task)
+    there = [task for task in tasks if "train" in seqio.TaskRegistry.get(task).splits]
+    return origin_of(mixture_or_task) if there == tasks else [origin_of(task) for task in there]
+
+
 def seen_settings(train_mixture: Names, eval_mixture: Names) -> dict[str, str]:
     """How each evaluated task relates to what was trained.
 

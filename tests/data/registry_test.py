@@ -176,6 +176,20 @@ def test_settings_tell_seen_from_unseen_pairs_and_values(add):
     assert set(registry.seen_settings(train, ["tr_tag_sw"]).values()) == {"seen"}
 
 
+def test_a_run_trains_the_tasks_that_have_something_to_train_on(add):
+    names = grid(add, ("parse", "en"), ("parse", "sw"))
+    registry.remove(names[1])
+    source = ExamplesSource({"test": ROWS})
+    registry.add_task(
+        names[1], source, STEPS, FEATURES, metadata={"task": "parse", "language": "sw"}
+    )
+    add.mixture("reg_all", names)
+    trained = registry.trained_by("reg_all")
+    assert trained == [names[0]] and registry.trained_by(names[0]) == names[0]
+    found = registry.seen_settings(trained, "reg_all")
+    assert found == {names[0]: "seen", names[1]: "unseen_language"}
+
+
 def test_tasks_without_features_are_seen_if_they_were_trained(add):
     add("reg_plain")
     add("reg_other")
