@@ -1,5 +1,7 @@
 """Weights of other people in, our own in and out: folders of safetensors, without torch.
 
+Only `import_hf` of a model that has nothing but pytorch_model.bin needs torch.
+
 From the command line: `python -m modjax.hub`.
 
 overrides, params = hub.load_base("checkpoints/mt5-small", dtype="bfloat16")

@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + memory.size - ALIGNMENT].view(dtype).reshape(shape)
 
 
-def open_base(path: str | os.PathLike[str]) -> Base:
+def open_base(
+    path: str | os.PathLike[str], open_files: Callable[[Path], TensorFiles] = TensorFiles
+) -> Base:
     """Reads a folder's headers and checks that it holds a network, whole; errors as `load_base`."""
     folder = Path(path)
     if t5x_files.is_checkpoint(folder):
@@ -226,7 +228,7 @@ def open_base(path: str | os.PathLike[str]) -> Base:
 
         return open_t5x(folder)
     config = _read_config(folder)
-    files = TensorFiles(folder)
+    files = open_files(folder)
     if config.get("format") == FORMAT:
         network, fields = _own_network(config, folder)
         sources = {name: Source(name) for name in files.shapes}

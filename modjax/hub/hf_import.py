@@ -1,4 +1,7 @@
-"""Other people's models as bases of ours: weights, configuration, tokenizer and fingerprint in one folder."""
+"""Other people's models as bases of ours: weights, configuration, tokenizer and fingerprint in one folder.
+
+Weights come as safetensors, or where a model has none as pytorch_model.bin, which is read with torch.
+"""
 
 import hashlib
 import json
@@ -13,10 +16,19 @@ import numpy as np
 from modjax.hub import tokenizers
 from modjax.hub.base import Base, describe, open_base
 from modjax.hub.errors import HubError, listed
-from modjax.hub.safetensors_io import float_dtype, read_json, write_tensors
+from modjax.hub.safetensors_io import (
+    PICKLED,
+    SINGLE,
+    float_dtype,
+    holds_safetensors,
+    read_json,
+    write_tensors,
+)
+from modjax.hub.torch_files import import_torch, open_files
 
 FINGERPRINT = "fingerprint.json"
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt")
+_WANTED_PICKLED = "pytorch_model*.bin"
 
 
 def import_hf(
@@ -32,7 +44,8 @@ def import_hf(
 
     The folder then holds the weights under our names (safetensors), config.json, the tokenizer's
     files with vocabulary.json, and fingerprint.json. Parameters are read, converted and written one
-    at a time.
+    at a time. Weights are read from safetensors; where a model has none, from pytorch_model.bin,
+    which needs torch and runs no code of the file (see `torch_files`).
 
     Args:
       source: a folder of `save_pretrained`, or the name of a model on the hub ("google/mt5-small"),
@@ -44,15 +57,16 @@ def import_hf(
       max_shard_bytes: size of a file.
 
     Raises:
-      HubError: the destination exists; the model is none that is computed here, or its files lack
-        something, hold something else, or are pickled. What is wrong is listed.
+      HubError: the destination exists; the model is none that is computed here, its files lack
+        something or hold something else (what is wrong is listed); or it wants torch, and there is
+        none.
     """
     folder = Path(destination)
     check_free(folder, force)
     found = _local(source, revision)
     if found.resolve() == folder.resolve():
         raise HubError(f"{folder} would be written over while it is read: give another folder.")
-    base = open_base(found)
+    base = open_base(found, open_files)
     tokenizers.describe(found)  # finds what is wrong with it before anything is written
     write(base, folder, dtype, max_shard_bytes)
     tokenizers.copy(found, folder)
@@ -137,16 +151,24 @@ def _local(source: str, revision: str | None) -> Path:
     """The folder of a model, fetched from the hub if it is not one."""
     if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return Path(source)
-    fetch: Callable[..., str]
+    snapshot: Callable[..., str]
     try:
-        from huggingface_hub import snapshot_download as fetch
+        from huggingface_hub import snapshot_download as snapshot
     except ImportError:
         raise HubError(
             f"{source} is no folder here. To fetch it from the hub, install the extra: "
             "pip install 'modjax[hf]'."
         ) from None
-    try:
-        return Path(fetch(source, revision=revision, allow_patterns=list(_WANTED)))
-    except Exception as error:  # of many kinds: no such model, no connection, no permission
-        said = " ".join(str(error).split())
-        raise HubError(f"{source} is no folder here, and the hub says: {said}") from error
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(snapshot(source, revision=revision, allow_patterns=list(patterns)))
+        except Exception as error:  # of many kinds: no such model, no connection, no permission
+            said = " ".join(str(error).split())
+            raise HubError(f"{source} is no folder here, and the hub says: {said}") from error
+
+    folder = fetch(*_WANTED)
+    if holds_safetensors(folder):
+        return folder
+    import_torch(f"{source} has no {SINGLE} on the hub, at best a {PICKLED}")
+    return fetch(*_WANTED, _WANTED_PICKLED)

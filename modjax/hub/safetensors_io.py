@@ -2,7 +2,7 @@
 
 A folder holds either `model.safetensors`, or shards `model-00001-of-00003.safetensors` and the
 index `model.safetensors.index.json` (`{"metadata": {"total_size": bytes}, "weight_map": {tensor:
-file}}`), as Hugging Face lays them out. Nothing here unpickles.
+file}}`), as Hugging Face lays them out. Nothing here unpickles; see `torch_files`.
 """
 
 import contextlib
@@ -21,6 +21,9 @@ from modjax.hub.errors import HubError, listed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# The same, pickled by torch.
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 DTYPES: dict[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -28,7 +31,7 @@ DTYPES: dict[str, Any] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 # Of buffers that some models store beside their weights; listed, but not read.
-_OTHER_DTYPES: dict[str, Any] = {
+OTHER_DTYPES: dict[str, Any] = {
     "BOOL": np.dtype(np.bool_),
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
@@ -38,15 +41,7 @@ _DEFAULT_SHARD_BYTES = 2_000_000_000
 _CHUNK_BYTES = 4_000_000
 
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".pkl")
-_CONVERT = """\
-Pickled weights can run code when they are read, so they are not read here. Convert them once, in \
-the same folder, with torch and safetensors installed, and keep config.json as it is:
-    import glob, safetensors.torch, torch
-    weights = {}
-    for name in glob.glob("pytorch_model*.bin"):
-        weights.update(torch.load(name, map_location="cpu", weights_only=True))
-    weights = {name: w.clone().contiguous() for name, w in weights.items()}
-    safetensors.torch.save_file(weights, "model.safetensors")"""
+_CONVERT = "Only import_hf reads that: python -m modjax.hub import_hf {} DESTINATION (needs torch)."
 
 
 class TensorFiles:
@@ -63,28 +58,30 @@ class TensorFiles:
         not have.
     """
 
+    _single, _index = SINGLE, INDEX
+
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self._file_of: dict[str, Any] = {}
         weight_map = self._weight_map()
-        for file_name in sorted(set(weight_map.values())) or [SINGLE]:
+        for file_name in sorted(set(weight_map.values())) or [self._single]:
             self._open(file_name, weight_map)
         absent = [name for name in weight_map if name not in self._file_of]
         if absent:
             where = listed(sorted({weight_map[name] for name in absent}))
             raise HubError(
-                f"{self.directory / INDEX} lists tensors that {where} does not hold: "
+                f"{self.directory / self._index} lists tensors that {where} does not hold: "
                 f"{listed(absent)}."
             )
 
     def check_floating(self, names: Iterable[str]) -> None:
         """Raises HubError, naming the tensor, if one of these is not floating point."""
         for name in names:
-            for kind, dtype in _OTHER_DTYPES.items():
+            for kind, dtype in OTHER_DTYPES.items():
                 if self.dtypes[name] == dtype:
-                    raise HubError(_not_readable(self.directory, name, kind))
+                    raise HubError(not_readable(self.directory, name, kind))
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, C-contiguous, in the file's dtype; HubError if that is not floating point."""
@@ -110,9 +107,9 @@ class TensorFiles:
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor -> file by the index; empty where one file holds everything."""
-        if (self.directory / SINGLE).exists():
+        if (self.directory / self._single).exists():
             return {}
-        index = self.directory / INDEX
+        index = self.directory / self._index
         if not index.exists():
             raise HubError(_no_weights(self.directory))
         weight_map = read_json(index).get("weight_map")
@@ -124,12 +121,20 @@ class TensorFiles:
         return weight_map
 
     def _open(self, file_name: str, weight_map: Mapping[str, str]) -> None:
-        import safetensors
-
         path = self.directory / file_name
         if not path.exists():
             needs = [name for name, at in weight_map.items() if at == file_name]
-            raise HubError(f"{path} is missing; {INDEX} says it holds {listed(needs)}.")
+            raise HubError(f"{path} is missing; {self._index} says it holds {listed(needs)}.")
+        for name, shape, dtype, opened in self._tensors(path):
+            if weight_map.get(name, file_name) == file_name:
+                self.shapes[name] = shape
+                self.dtypes[name] = dtype
+                self._file_of[name] = opened
+
+    def _tensors(self, path: Path) -> Iterator[tuple[str, tuple[int, ...], np.dtype, Any]]:
+        """Name, shape and dtype of a file's tensors, and what reads them: `get_tensor`, `get_slice`."""
+        import safetensors
+
         try:
             # Read, not mapped: a mapped file's pages count as this process's memory.
             opened = safetensors.safe_open(path, framework="np", backend="pread")
@@ -140,15 +145,11 @@ class TensorFiles:
                 "fetch it again."
             ) from error
         for name in opened.keys():  # noqa: SIM118 (not a mapping)
-            if weight_map.get(name, file_name) != file_name:
-                continue
             view = opened.get_slice(name)
-            dtype = {**DTYPES, **_OTHER_DTYPES}.get(view.get_dtype())
+            dtype = {**DTYPES, **OTHER_DTYPES}.get(view.get_dtype())
             if dtype is None:
-                raise HubError(_not_readable(path, name, view.get_dtype()))
-            self.shapes[name] = tuple(view.get_shape())
-            self.dtypes[name] = dtype
-            self._file_of[name] = opened
+                raise HubError(not_readable(path, name, view.get_dtype()))
+            yield name, tuple(view.get_shape()), dtype, opened
 
 
 def write_tensors(
@@ -237,14 +238,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def holds_safetensors(directory: Path) -> bool:
+    """Whether a folder holds model.safetensors, or the index of its shards."""
+    return any((directory / name).exists() for name in (SINGLE, INDEX))
+
+
+def is_pickled(directory: Path) -> bool:
+    """Whether a folder holds pytorch_model.bin, or its shards with their index, and no safetensors."""
+    return not holds_safetensors(directory) and any(
+        (directory / name).exists() for name in (PICKLED, PICKLED_INDEX)
+    )
+
+
 def explain_other_format(path: Path) -> str:
     """What to say about a path to a file, where a folder is wanted."""
-    if path.suffix in _OTHER_WEIGHTS:
-        return f"{path} is not safetensors. {_CONVERT}"
+    if is_pickled(path.parent) and path.match("pytorch_model*.bin"):
+        return f"{path} is not safetensors. {_CONVERT.format(path.parent)}"
     return f"{path} is a file; give the folder that holds config.json and {SINGLE}."
 
 
-def _not_readable(where: Path, name: str, dtype: str) -> str:
+def not_readable(where: Path, name: str, dtype: str) -> str:
+    """What to say about a tensor of a dtype that is not read."""
     return (
         f"{where}: tensor {name} has dtype {dtype}; readable are {', '.join(DTYPES)}. Quantised "
         "weights must be saved again in a floating point dtype."
@@ -254,8 +268,13 @@ def _not_readable(where: Path, name: str, dtype: str) -> str:
 def _no_weights(directory: Path) -> str:
     there = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
     other = [name for name in there if name.endswith(_OTHER_WEIGHTS)]
+    if is_pickled(directory):
+        return f"{directory} has no {SINGLE} but {listed(other)}. {_CONVERT.format(directory)}"
     if other:
-        return f"{directory} has no {SINGLE} but {listed(other)}. {_CONVERT}"
+        return (
+            f"{directory} has neither {SINGLE} nor {PICKLED}, nor the index of shards ({INDEX}, {PICKLED_INDEX}), but "
+            f"{listed(other)}: save the model again as safetensors, as transformers' save_pretrained does."
+        )
     return f"{directory} has neither {SINGLE} nor {INDEX}; it holds: {listed(there) or 'nothing'}."
 
 

@@ -1,7 +1,11 @@
 """import_hf: a base directory of ours from a Hugging Face folder, a parameter at a time, whole or not at all."""
 
+import fnmatch
 import json
+import shutil
+import sys
 import tracemalloc
+import types
 
 import jax
 import numpy as np
@@ -119,15 +123,9 @@ def test_what_cannot_be_read_says_what_to_do(hf, tmp_path, capsys, monkeypatch):
     assert main(["import_hf", "somebody/no-such-folder-here", str(tmp_path / "base")]) == 2
     error = capsys.readouterr().err
     assert "is no folder here" in error and error.count("\n") == 1
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert main(["import_hf", "google/mt5-small", str(tmp_path / "base")]) == 2
     assert "install the extra: pip install 'modjax[hf]'" in capsys.readouterr().err
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "config.json").write_text(json.dumps(hf.config()))
-    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    assert main(["import_hf", str(pickled), str(tmp_path / "base")]) == 2
-    assert "Pickled weights can run code" in capsys.readouterr().err
     lacking = hf.tensors()
     lacking.pop("encoder.block.0.layer.0.SelfAttention.q.weight")
     lacking["adapter.weight"] = np.zeros((2, 2), np.float32)
@@ -135,3 +133,86 @@ def test_what_cannot_be_read_says_what_to_do(hf, tmp_path, capsys, monkeypatch):
     assert main(["import_hf", str(folder), str(tmp_path / "base")]) == 2
     assert "no place in this network: adapter.weight" in capsys.readouterr().err
     assert not (tmp_path / "base").exists()
+
+
+@pytest.fixture
+def pickled(source):
+    """A folder whose weights are in pytorch_model.bin, if what is in it were weights."""
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"not weights")
+    return source
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """A function: folder -> the patterns that its files are asked for by, as owner/name on a hub of its own."""
+
+    def put(folder):
+        asked = []
+
+        def snapshot_download(name, *, revision, allow_patterns):
+            assert (name, revision) == ("owner/name", "main")
+            asked.append(allow_patterns)
+            cache = tmp_path / "cache"
+            cache.mkdir(exist_ok=True)
+            for path in folder.iterdir():
+                if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                    shutil.copyfile(path, cache / path.name)
+            return str(cache)
+
+        module = types.SimpleNamespace(snapshot_download=snapshot_download)
+        monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+        return asked
+
+    return put
+
+
+FETCH = ["import_hf", "owner/name", "--revision=main"]
+
+
+def test_pickled_weights_are_not_fetched_where_there_are_safetensors(source, on_hub, tmp_path):
+    (source / "pytorch_model.bin").write_bytes(b"not weights")
+    asked = on_hub(source)
+    assert main([*FETCH, str(tmp_path / "base")]) == 0
+    assert len(asked) == 1 and not (tmp_path / "cache" / "pytorch_model.bin").exists()
+    equal(hub.load_base(tmp_path / "base")[1], hub.load_base(source)[1])
+
+
+def test_pickled_weights_are_fetched_where_there_is_nothing_else(
+    pickled, on_hub, tmp_path, monkeypatch, capsys
+):
+    def load(path, **options):
+        assert options["weights_only"] is True
+        raise RuntimeError("no weights. Read them without weights_only.")
+
+    fake = types.SimpleNamespace(__version__="2.10.0+cpu", load=load)
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    asked = on_hub(pickled)
+    assert main([*FETCH, str(tmp_path / "base")]) == 2
+    file = tmp_path / "cache" / "pytorch_model.bin"
+    assert f"{file} cannot be read as weights of torch: no weights. It" in capsys.readouterr().err
+    assert len(asked) == 2 and "pytorch_model*.bin" in asked[1]
+    assert not (tmp_path / "base").exists()
+
+
+def test_pickled_weights_without_torch_say_what_to_do_before_they_are_fetched(
+    pickled, on_hub, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["import_hf", str(pickled), str(tmp_path / "base")]) == 2
+    error = capsys.readouterr().err
+    assert f"{pickled} has no safetensors but pytorch_model.bin" in error
+    assert "pip install torch (a CPU build is enough)" in error
+    assert "weights_only=True" in error and "save_file" in error
+    asked = on_hub(pickled)
+    assert main([*FETCH, str(tmp_path / "base")]) == 2
+    assert "owner/name has no model.safetensors on the hub" in capsys.readouterr().err
+    assert len(asked) == 1 and not (tmp_path / "base").exists()
+
+
+def test_a_torch_whose_reader_can_be_made_to_run_code_is_refused(
+    pickled, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.9.1"))
+    assert main(["import_hf", str(pickled), str(tmp_path / "base")]) == 2
+    assert "Torch 2.9.1 can be made to run code" in capsys.readouterr().err

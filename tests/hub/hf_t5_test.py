@@ -289,13 +289,27 @@ def test_integer_weights_are_refused(hf):
         hub.load_base(hf.write(tensors, hf.config()))
 
 
-def test_pickled_weights_are_refused_with_a_recipe(hf):
+def test_pickled_weights_are_refused_with_the_command_that_reads_them(hf):
     folder = hf.write(hf.tensors(), hf.config())
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(hub.HubError, match=r"(?s)pytorch_model.bin.*weights_only=True.*save_file"):
+    command = rf"python -m modjax.hub import_hf {folder} DESTINATION \(needs torch\)"
+    with pytest.raises(
+        hub.HubError, match=rf"no model.safetensors but pytorch_model.bin.*{command}"
+    ):
         hub.load_base(folder)
-    with pytest.raises(hub.HubError, match="not safetensors.*Convert them once"):
+    with pytest.raises(hub.HubError, match=f"not safetensors.*{command}"):
         hub.load_base(folder / "pytorch_model.bin")
+
+
+def test_weights_in_formats_that_nothing_here_reads_are_named(hf):
+    folder = hf.write(hf.tensors(), hf.config())
+    (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00001.bin")
+    (folder / "tf_model.h5").write_bytes(b"")
+    what = "pytorch_model.bin.index.json.*pytorch_model-00001-of-00001.bin, tf_model.h5: save the"
+    with pytest.raises(hub.HubError, match=what):
+        hub.load_base(folder)
+    with pytest.raises(hub.HubError, match="tf_model.h5 is a file; give the folder"):
+        hub.load_base(folder / "tf_model.h5")
 
 
 def test_shards_are_read_and_a_missing_one_is_named(hf):
