@@ -191,13 +191,19 @@ def test_a_run_from_another_checkpoint_keeps_what_each_name_has_learned(pretrain
     new = train(*FLIX, MODEL_DIR=tmp_path / "b", **options)
     space = FeatureSpace.from_json(checkpoints.read_metadata(tmp_path / "b")["space"])
     assert space.features == FEATURES
+    options |= {"LEARNING_RATE": 0.02, "WARMUP": 0, "initialize__Start__freeze_known": True}
+    moved = train(*FLIX, MODEL_DIR=tmp_path / "c", **options)
     for path, value in new.items():
-        columns = value if path.endswith("/a") else value.T
-        before = old[path] if path.endswith("/a") else old[path].T
+        columns, after, before = (
+            x[path] if path.endswith("/a") else x[path].T for x in (new, moved, old)
+        )
         assert (before.shape[-1], columns.shape[-1]) == (8, 16)
         # copy, turn, en, sw have four columns each.
-        np.testing.assert_array_equal(columns[:, 0:4], before[:, 0:4])
-        np.testing.assert_array_equal(columns[:, 8:12], before[:, 4:8])
+        for found in (columns, after):
+            np.testing.assert_array_equal(found[:, 0:4], before[:, 0:4])
+            np.testing.assert_array_equal(found[:, 8:12], before[:, 4:8])
+        if path.endswith("/b"):
+            assert not columns[:, 4:8].any() and after[:, 4:8].any() and after[:, 12:].any()
     with pytest.raises(checkpoints.CheckpointError, match="trained without task 'turn', language"):
         train(*FLIX, MODEL_DIR=tmp_path / "a", BASE=options["BASE"], TRAIN_STEPS=4)
 
