@@ -7,14 +7,16 @@ computes the same loss with a smaller feature space, and `put` writes them back.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.adapters.routing import DATASET
+from modjax.adapters.banks import each
+from modjax.adapters.routing import DATASET, ModuleName
+from modjax.adapters.rules import Mixture
 from modjax.adapters.trees import ROUTER_LEAF, banks, leaves_at, routers, split, within
 from modjax.features import FeatureSpace
 
@@ -87,7 +89,7 @@ class ActiveModules:
       trained: nested dict of the trained parameters, arrays or shapes.
 
     Raises:
-      ValueError: there are none, or the settings of a group's modules differ.
+      ValueError: there are none, or the settings of a group's modules differ, but for their learning rates.
     """
 
     def __init__(self, model: Any, trained: Mapping[str, Any]):
@@ -126,6 +128,12 @@ class ActiveModules:
             )
         self._groups = {run.group for part in self._parts.values() for run in part.runs}
         self._groups &= set(groups)
+        # A step has other names for the values, which no setting knows.
+        rules = []
+        for rule in adapted.rules:
+            mixture = _by_group(rule.mixture, rule.mixture.modules(space), self._groups)
+            rules.append(dataclasses.replace(rule, mixture=mixture))
+        self._narrowed = dataclasses.replace(model, module=adapted.clone(rules=tuple(rules)))
 
     def check_state(self, state: Any) -> None:
         """Raises ValueError unless an optimizer's state has what belongs to a module in the parameter's own places."""
@@ -156,7 +164,7 @@ class ActiveModules:
             datasets = _places(len(used[DATASET]))
         fewer = FeatureSpace(tuple(values.items()), datasets, space.slots)
         index = {part: part.index(used) for part in set(self._parts.values())}
-        return self._model.with_space(fewer), small, index
+        return self._narrowed.with_space(fewer), small, index
 
     def take(self, tree: Any, index: Index) -> Any:
         """A tree of parameters, or an optimizer's state of them, with the used modules alone."""
@@ -202,11 +210,40 @@ def _runs(groups: list[str], sizes: list[int], where: str) -> tuple[Run, ...]:
             runs.append(Run(group, 1, size))
         elif last.size != size:
             raise ValueError(
-                f"Optimizer.lazy: the modules of {group!r} at {where} have sizes {last.size} and {size}; they need one."
+                f"Optimizer.lazy: the modules of {group!r} at {where} have sizes {last.size} and {size}: "
+                "give them one size, or leave LAZY off."
             )
         else:
             runs[-1] = Run(group, last.count + 1, size)
     return tuple(runs)
+
+
+def _by_group(mixture: Mixture, modules: Sequence[ModuleName], groups: Set[str]) -> Mixture:
+    """The mixture with settings that name no value of the groups; values' learning rates are those of `factors`.
+
+    Raises:
+      ValueError: another setting differs between values of a group.
+    """
+    named = {name for m in modules if m.group in groups for name in m.names if name != m.group}
+    module: Any = mixture.module
+    changed: dict[str, Any] = {}
+    for setting in module.settings:
+        value = getattr(module, setting)
+        if not isinstance(value, tuple) or not named & dict(value).keys():
+            continue
+        table = {key: own for key, own in value if key not in named}
+        for group in sorted(groups) if setting != "learning_rate" else ():
+            owned = each(value, [m for m in modules if m.group == group], None)
+            if len(set(owned)) > 1:
+                where = f"{type(module).__name__}.{setting}"
+                raise ValueError(
+                    f"Optimizer.lazy: {where} of {mixture.name!r} differs between the modules of {group!r}, "
+                    f"{sorted(set(owned), key=str)}: give them one {setting}, or leave LAZY off."
+                )
+            if owned and owned[0] is not None:
+                table[group] = owned[0]
+        changed[setting] = table
+    return dataclasses.replace(mixture, module=dataclasses.replace(module, **changed))
 
 
 def _router(adapted: Any, name: str) -> Any:

@@ -49,9 +49,10 @@ class Bottleneck:
     share_up: bool = False
 
     acts_on: ClassVar[str] = "output"
+    settings: ClassVar[tuple[str, ...]] = ("size", "learning_rate")
 
     def __post_init__(self) -> None:
-        for name in ("size", "learning_rate"):
+        for name in self.settings:
             object.__setattr__(self, name, banks.frozen(getattr(self, name)))
         banks.check_positive("Bottleneck.size", self.size, integer=True)
         banks.check_positive("Bottleneck.learning_rate", self.learning_rate, zero=True)
@@ -63,7 +64,7 @@ class Bottleneck:
 
     def check(self, modules: Sequence[ModuleName], composition: str) -> None:
         """Raises ValueError where the settings do not fit the router's modules."""
-        for setting in ("size", "learning_rate"):
+        for setting in self.settings:
             banks.check_groups(f"Bottleneck.{setting}", getattr(self, setting), modules)
         if composition == "average":
             banks.equal_size("Bottleneck.size", self.sizes(modules))

@@ -148,9 +148,10 @@ class LowRank:
     share_up: bool = False
 
     acts_on: ClassVar[str] = "output"
+    settings: ClassVar[tuple[str, ...]] = ("rank", "alpha", "learning_rate")
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "learning_rate"):
+        for name in self.settings:
             object.__setattr__(self, name, banks.frozen(getattr(self, name)))
         banks.check_positive("LowRank.rank", self.rank, integer=True)
         if self.alpha is not None:
@@ -166,7 +167,7 @@ class LowRank:
 
     def check(self, modules: Sequence[ModuleName], composition: str) -> None:
         """Raises ValueError where the settings do not fit the router's modules."""
-        for setting in ("rank", "alpha", "learning_rate"):
+        for setting in self.settings:
             banks.check_groups(f"LowRank.{setting}", getattr(self, setting), modules)
         if composition == "average":
             banks.equal_size("LowRank.rank", self.ranks(modules))

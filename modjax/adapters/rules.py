@@ -28,6 +28,11 @@ class Module(Protocol):
         """Whether a layer's "output" is changed, or its "input"."""
         ...
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The attributes that may differ between groups and modules: `{group or "group=value": value}`, frozen."""
+        ...
+
     def check(self, modules: Sequence[ModuleName], composition: str) -> None:
         """Raises ValueError where the settings do not fit the router's modules."""
         ...

@@ -5,7 +5,7 @@ Legend as in `low_rank.py`, with `W` the width that is scaled: K of an output, D
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,8 @@ class Scale:
 
     acts_on: str = "output"
     learning_rate: Any = 1.0
+
+    settings: ClassVar[tuple[str, ...]] = ("learning_rate",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "learning_rate", banks.frozen(self.learning_rate))

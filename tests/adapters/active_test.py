@@ -10,17 +10,25 @@ from modjax.adapters import ActiveModules, Adapted, Features, LowRank, Mixture, 
 from modjax.models import EncoderModel
 
 RANK = {"language": 2, "dataset": 3, "shared": 1}
-RULES = (
-    Rule(
-        ".*attention/value",
-        Mixture(
-            "flix",
-            LowRank(RANK, learning_rate={"language": 0.5, "dataset": 1.0, "shared": 2.0}),
-            Features(("language", "dataset"), shared=True),
-        ),
-    ),
-    Rule(".*mlp/wi", Mixture("poly", LowRank(2), Skills(2, by="language"))),
+BY_GROUP = LowRank(RANK, learning_rate={"language": 0.5, "dataset": 1.0, "shared": 2.0})
+BY_VALUE = LowRank(
+    {"language=en": 2, "language=sw": 2, "language=yo": 2, "dataset": 3, "shared": 1},
+    {"language": 4.0, "language=sw": 4.0, "shared": 3.0},
+    learning_rate={"language": 0.5, "language=sw": 0.0, "dataset=parse_yo": 2.0},
 )
+
+
+def rules_of(module):
+    return (
+        Rule(
+            ".*attention/value",
+            Mixture("flix", module, Features(("language", "dataset"), shared=True)),
+        ),
+        Rule(".*mlp/wi", Mixture("poly", LowRank(2), Skills(2, by="language"))),
+    )
+
+
+RULES = rules_of(BY_GROUP)
 # Of two rows and steps: languages, datasets.
 IDS = (([2, 0], [1, 1]), ([3, 3], [0, 3]), ([1, 2], [3, 2]))
 
@@ -56,11 +64,12 @@ def owned(path, shape, languages, datasets):
     return columns if path.endswith("/a") else columns[:, None]
 
 
+@pytest.mark.parametrize("module", [BY_GROUP, BY_VALUE], ids=["by_group", "by_value"])
 def test_a_lazy_step_is_adams_on_what_is_used_and_nothing_on_the_rest(
-    make_encoder, encoder_batch, space
+    make_encoder, encoder_batch, space, module
 ):
     network = make_encoder(num_layers=2, scan_layers=True)
-    model = EncoderModel(Adapted(network, RULES, space))
+    model = EncoderModel(Adapted(network, rules_of(module), space))
     rows = {name: np.asarray(value[:2]) for name, value in encoder_batch.items()}
     dense, state, frozen = make(model, rows)
     lazy, found, _ = make(model, rows, lazy=True)
@@ -130,7 +139,12 @@ def test_ids_become_places_of_the_used_values(make_encoder, encoder_batch, space
                 ),
             ),
             optimizers.adamw(),
-            "modules of 'language' at .*wi/x have sizes 2 and 3",
+            "modules of 'language' at .*wi/x have sizes 2 and 3: give them one size",
+        ),
+        (
+            (Rule(".*wi", Mixture("x", LowRank(2, {"language=yo": 4.0}), Features())),),
+            optimizers.adamw(),
+            r"LowRank.alpha of 'x' differs .* 'language', \[4.0, None\]: give them one alpha",
         ),
         (
             (Rule(".*wi", Mixture("x", LowRank(2), Features(copies=2))),),
