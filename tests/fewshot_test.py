@@ -221,24 +221,30 @@ def test_the_base_may_be_named_as_the_start(many, tmp_path):
     assert {row["method"] for row in rows} == {"lora_0shots", "lora_8shots"}
 
 
-@pytest.fixture
-def grown():
-    """Adapters of a FLix with one more language, the old ones carried over, and both methods."""
+def grow(*mixtures):
+    """Adapters of a layer with one more language and dataset, the old ones carried over, and both methods."""
     import flax.linen as nn
 
-    old_space = FeatureSpace((("task", ("copy",)), ("language", ("en", "sw"))))
-    new_space = old_space.extend({"language": ["yo"]})
-    rule = adapters.Rule(".*", adapters.Mixture("flix", adapters.LowRank(2), adapters.Features()))
+    old_space = FeatureSpace((("task", ("copy",)), ("language", ("en", "sw"))), ("copy_en",))
+    new_space = old_space.extend({"language": ["yo"]}, ["copy_yo"])
+    rules = tuple(adapters.Rule(".*", mixture) for mixture in mixtures)
     trees, methods = [], []
     for space in (old_space, new_space):
-        adapted = adapters.Adapted(nn.Dense(5, name="dense"), (rule,), space)
-        mix = adapters.Mix(features=np.ones((1, 1, 2), np.int32))
+        adapted = adapters.Adapted(nn.Dense(5, name="dense"), rules, space)
+        ones = np.ones((1, 1, 2), np.int32)
+        mix = adapters.Mix(features=ones, tasks=ones[..., 0])
         params = adapted.init(jax.random.key(len(trees)), np.ones((1, 3, 4)), mix=mix)["params"]
         tree, _ = adapters.split(params, adapted)
         noise = lambda x: x + np.random.default_rng(x.size).normal(size=x.shape)  # noqa: E731
         trees.append(tree if trees else jax.tree.map(noise, tree))
         methods.append(adapters.describe_method(adapted))
     return adapters.extend(trees[0], methods[0], trees[1], methods[1]), *methods
+
+
+@pytest.fixture
+def grown():
+    """Those of a FLix."""
+    return grow(adapters.Mixture("flix", adapters.LowRank(2), adapters.Features()))
 
 
 def test_a_new_value_starts_at_nothing_or_as_the_mean_of_a_named_set(grown):
@@ -256,6 +262,28 @@ def test_a_new_value_starts_at_nothing_or_as_the_mean_of_a_named_set(grown):
         adapters.fill(tree, old, new, {"language": ["swa"]})
     with pytest.raises(ValueError, match="no new value of 'task'"):
         adapters.fill(tree, old, new, {"task": ["copy"]})
+
+
+def test_each_copy_of_a_new_value_starts_as_the_mean_of_that_copy_of_a_named_set():
+    router = adapters.Features("language", copies=2)
+    tree, old, new = grow(adapters.Mixture("flix", adapters.LowRank(1), router))
+    filled = adapters.fill(tree, old, new, {"language": ["en", "sw"]})["flix"]
+    b = tree["flix"]["b"]  # rows en#0, en#1, sw#0, sw#1, yo#0, yo#1
+    np.testing.assert_allclose(filled["b"][4:], (b[:2] + b[2:4]) / 2)
+    np.testing.assert_array_equal(filled["b"][:4], b[:4])
+
+
+def test_logits_start_from_others_of_what_routes_them_alone():
+    tree, old, new = grow(
+        adapters.Mixture("flix", adapters.LowRank(2), adapters.Features()),
+        adapters.Mixture("poly", adapters.LowRank(2), adapters.Skills(2)),
+    )
+    filled = adapters.fill(tree, old, new, {"language": ["en", "sw"]})
+    np.testing.assert_array_equal(filled["poly"]["logits"], tree["poly"]["logits"])
+    filled = adapters.fill(tree, old, new, {"dataset": ["copy_en"]})
+    known, fresh = filled["poly"]["logits"]
+    np.testing.assert_array_equal(fresh, known)
+    np.testing.assert_array_equal(filled["flix"]["b"], tree["flix"]["b"])
 
 
 def test_freezing_what_is_known_leaves_only_the_new_values_columns(grown):

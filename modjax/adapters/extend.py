@@ -1,5 +1,6 @@
 """How a bank grows: modules (and tasks' logits) keep their parameters by name when there are more of them."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from modjax.adapters.method import rules_of
 from modjax.adapters.trees import ROUTER_LEAF, Tree
 from modjax.errors import nearest
 
@@ -78,7 +80,8 @@ def fill(
       tree: what `extend` gave.
       old_method, new_method: as there.
       sources: `{group: the values whose mean a new value of the group starts as}`, as
-        `{"language": ["sw", "xh"]}`; `{"dataset": [...]}` is for modules and logits of datasets.
+        `{"language": ["sw", "xh"]}`; `{"dataset": [...]}` is for modules and logits of datasets. Each copy of a
+        module starts as the mean of that copy of the others.
 
     Returns:
       A tree like `tree`; new modules of groups that are not named keep their values.
@@ -89,15 +92,21 @@ def fill(
     flat = dict(flatten_dict(tree, sep="/"))
     filled = set()
     for path, leaf in flat.items():
-        division = _division(path, leaf, new_method)
-        known = _known(path, old_method)
-        if division is None or division[0] is None:
+        rule, known = _rule(path, leaf, new_method), _known(path, old_method)
+        if rule is None or rule["bank"][_last(path)][0] is None:
             continue
-        axis, parts = division
+        axis, parts = rule["bank"][_last(path)]
         ranges = _ranges(parts)
-        for group, values in sources.items():
-            names = [_name(path, group, value) for value in values]
-            new = [m for m in ranges if m not in known and _is_of(path, group, m)]
+        router = rules_of({"rules": [rule]})[0].mixture.router
+        copies = getattr(router, "copies", 1)
+        ends = [f"#{i}" for i in range(copies)] if copies > 1 else [""]
+        for (group, values), end in itertools.product(sources.items(), ends):
+            names = [_name(path, group, value) + end for value in values]
+            new = [
+                m
+                for m in ranges
+                if m not in known and _is_of(path, group, m, router) and m.endswith(end)
+            ]
             if not new:
                 continue
             for name in names:
@@ -143,20 +152,31 @@ def known_rates(
 
 def _division(path: str, leaf: Any, method: Mapping[str, Any]) -> Sequence[Any] | None:
     """[axis, parts] of a leaf, or None for a parameter that is no adapter's."""
-    found = _divisions(path, method)
-    return next((division for division in found if _fits(division, leaf)), None)
+    rule = _rule(path, leaf, method)
+    return None if rule is None else rule["bank"][_last(path)]
+
+
+def _rule(path: str, leaf: Any, method: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The rule that put a leaf there, or None likewise."""
+    found = _rules(path, method)
+    return next((rule for rule in found if _fits(rule["bank"][_last(path)], leaf)), None)
 
 
 def _known(path: str, method: Mapping[str, Any]) -> set[str]:
-    return {module for _, parts in _divisions(path, method) for module, _ in parts}
+    banks = (rule["bank"][_last(path)] for rule in _rules(path, method))
+    return {module for _, parts in banks for module, _ in parts}
 
 
-def _divisions(path: str, method: Mapping[str, Any]) -> list[Sequence[Any]]:
-    """[axis, parts] of a leaf by each rule that may have put it there."""
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _rules(path: str, method: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Each rule that may have put a leaf there."""
     *layer, name, last = ("", "", *path.split("/"))
     at = "/".join(part for part in layer if part)
     return [
-        rule["bank"][last]
+        rule
         for rule in method["rules"]
         if rule["name"] == name and last in rule["bank"]
         # Logits may live above the layers that the pattern names.
@@ -169,8 +189,10 @@ def _name(path: str, group: str, value: str) -> str:
     return value if path.endswith("/" + ROUTER_LEAF) else f"{group}={value}"
 
 
-def _is_of(path: str, group: str, module: str) -> bool:
-    return path.endswith("/" + ROUTER_LEAF) or module.startswith(f"{group}=")
+def _is_of(path: str, group: str, module: str, router: Any) -> bool:
+    if path.endswith("/" + ROUTER_LEAF):
+        return router.routes_by == (group,)
+    return module.startswith(f"{group}=")
 
 
 def _ranges(parts: Sequence[Sequence[Any]]) -> dict[str, range]:
