@@ -134,7 +134,8 @@ def evaluate(
         model, params, metadata, step = initialize.restore(
             model, checkpoint_path, weights, base_dtype
         )
-        space = FeatureSpace.from_json(metadata["space"])
+        space = registry.with_room(FeatureSpace.from_json(metadata["space"]), tasks)
+        model = model.with_space(space)
     del weights  # which the parameters may be a smaller copy of
     params = initialize.place(model, params, mesh, partitioner)
 

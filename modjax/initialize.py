@@ -257,11 +257,12 @@ def resolve_space(
       derived: of the run's mixture.
       stored: of the checkpoint.
       own: the checkpoint is the run's own, with an optimizer state that fits its space exactly;
-        otherwise values that it lacks are appended.
+        otherwise values that it lacks are appended, and an example may have as many at once as the
+        run's need.
       where: the checkpoint, for messages.
 
     Raises:
-      CheckpointError: `own`, and the checkpoint lacks a name.
+      CheckpointError: `own`, and the checkpoint lacks a name, or room for several values at once.
     """
     for name in derived.names:
         if name not in stored.names:
@@ -269,14 +270,17 @@ def resolve_space(
                 f"the feature space of {where} has no feature {name!r}."
                 + nearest(name, stored.names)
             )
-    extended = stored.extend(dict(derived.features), derived.datasets)
+    extended = stored.merge(derived)
     if own and extended != stored:
         new = [
             f"{name} {value!r}"
             for name, values in extended.features
             for value in values
             if value not in stored.values(name)
-        ] + [f"dataset {name!r}" for name in extended.datasets if name not in stored.datasets]
+        ]
+        new += [f"dataset {name!r}" for name in extended.datasets if name not in stored.datasets]
+        room = zip(extended.names, extended.slots, stored.slots, strict=True)
+        new += [f"{wide} values of {name} at once" for name, wide, less in room if wide > less]
         raise provenance.CheckpointError(
             f"{where} was trained without {', '.join(new)}. To add them, start a run in a new "
             f"MODEL_DIR with INITIAL_CHECKPOINT_PATH={str(where)!r}"

@@ -365,7 +365,7 @@ def _space(
             if (folder / SPACE_FILE).exists():
                 stored = FeatureSpace.from_json(json.loads((folder / SPACE_FILE).read_text()))
                 if unknown == "none":
-                    return stored
+                    return registry.with_room(stored, mixture)
                 return initialize.resolve_space(derived(), stored, True, folder)
     if routed and unknown == "none":
         places = ", ".join(str(d) for d in directories if d)

@@ -204,6 +204,20 @@ def test_a_value_that_nothing_was_learned_for_is_told_and_kept(run, tmp_path, mo
     assert len(kept) == 2 and kept[1].startswith(sentence)
 
 
+def test_a_dataset_of_more_values_at_once_than_any_trained_one_is_evaluated_with_all_of_them(
+    run, tmp_path, monkeypatch
+):
+    from modjax.evaluation import runner
+
+    renamed(monkeypatch, ["sw", "en"])
+    read, seen = runner.read, []
+    monkeypatch.setattr(runner, "read", lambda *a, **k: seen.append(read(*a, **k)) or seen[-1])
+    options = {"MIXTURE_OR_TASK_NAME": "toy_turn_sw", "eval__evaluate__max_examples": 1}
+    assert evaluate(run, tmp_path, **options) == 0
+    assert seen[0].arrays["features"].tolist() == [[[2, 2, 1]]]
+    assert {row["language"] for row in results.read(tmp_path / "results.json")} == {"sw+en"}
+
+
 def test_a_method_without_features_needs_none_of_the_tasks_that_it_is_evaluated_on(
     run, tmp_path, monkeypatch, capsys
 ):

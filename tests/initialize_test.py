@@ -12,8 +12,8 @@ from modjax.provenance import CheckpointError
 STORED = FeatureSpace((("task", ("parse",)), ("language", ("en", "sw"))), datasets=("a", "b"))
 
 
-def resolve(*languages, own=True, feature="language", datasets=("a",)):
-    derived = FeatureSpace((("task", ("parse",)), (feature, languages)), datasets=datasets)
+def resolve(*languages, own=True, feature="language", datasets=("a",), slots=(1, 1)):
+    derived = FeatureSpace((("task", ("parse",)), (feature, languages)), datasets, slots)
     return initialize.resolve_space(derived, STORED, own, "runs/x/checkpoint_3")
 
 
@@ -28,11 +28,17 @@ def test_another_run_appends_what_the_checkpoint_lacks():
     assert space.datasets == ("a", "b", "c")
 
 
+def test_another_run_has_room_for_the_values_that_its_datasets_have_at_once():
+    assert resolve("sw", "en", own=False, slots=(1, 2)).slots == (1, 2)
+
+
 def test_a_run_of_its_own_may_not_change_its_names():
     with pytest.raises(CheckpointError, match="trained without language 'yo'.*INITIAL_CHECKPOINT"):
         resolve("yo")
     with pytest.raises(CheckpointError, match="trained without dataset 'c'"):
         resolve("en", datasets=("c",))
+    with pytest.raises(CheckpointError, match="trained without 2 values of language at once"):
+        resolve("sw", "en", slots=(1, 2))
     for own in (True, False):
         with pytest.raises(CheckpointError, match="no feature 'langauge'. Did you mean 'language'"):
             resolve("en", feature="langauge", own=own)

@@ -1,5 +1,6 @@
 """T5X's protocol, asked of our models as T5X asks: names, signatures, collections, metrics."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -354,6 +355,24 @@ def test_training_what_the_feature_space_lacks_is_refused_and_evaluated_as_none(
     assert model.space == stored
     _, batch = batch_of(model, pack=False, mixture="toy_turn_sw")
     np.testing.assert_array_equal(batch["features"][:, 0], [[0, 2]] * 2)
+
+
+def test_a_stored_feature_space_has_room_for_the_values_that_an_evaluated_dataset_has_at_once(
+    make, tmp_path, monkeypatch
+):
+    from modjax.data import registry
+
+    make()  # registers the tasks
+    entry = registry._ENTRIES["toy_turn_sw"]
+    both = dataclasses.replace(entry, metadata={**entry.metadata, "language": ["sw", "en"]})
+    monkeypatch.setitem(registry._ENTRIES, "toy_turn_sw", both)
+    space_file(tmp_path)
+    model = make(
+        directories=(str(tmp_path),), optimizer=None, unknown="none", mixture="toy_turn_sw"
+    )
+    _, batch = batch_of(model, pack=False, mixture="toy_turn_sw")
+    np.testing.assert_array_equal(batch["features"][:, 0], [[2, 1, 2]] * 2)
+    assert model.adapted.space == model.space
 
 
 def test_evaluation_without_the_feature_space_is_refused_where_it_matters(make, tmp_path):

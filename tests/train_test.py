@@ -193,7 +193,7 @@ def test_a_run_from_another_checkpoint_keeps_what_each_name_has_learned(pretrain
     assert space.features == FEATURES
     options |= {"LEARNING_RATE": 0.02, "WARMUP": 0, "initialize__Start__freeze_known": True}
     moved = train(*FLIX, MODEL_DIR=tmp_path / "c", **options)
-    for path, value in new.items():
+    for path in new:
         columns, after, before = (
             x[path] if path.endswith("/a") else x[path].T for x in (new, moved, old)
         )

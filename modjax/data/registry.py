@@ -254,6 +254,21 @@ def trained_by(mixture_or_task: str) -> str | list[str]:
     return origin_of(mixture_or_task) if there == tasks else [origin_of(task) for task in there]
 
 
+def with_room(space: FeatureSpace, mixture_or_task: Names) -> FeatureSpace:
+    """A space in which an example may have as many of its values at once as a task of a mixture has.
+
+    Modules and ids stay the same: a batch has more columns for a feature, and no parameter depends on them.
+    """
+    room = dict.fromkeys(space.names, 1)
+    for task in filter(has_metadata, tasks_of(mixture_or_task)):
+        row = metadata_of(task)
+        for name in space.names:
+            values = as_values(row.get(name), f"feature {name!r} of {task!r}")
+            known = set(values) & set(space.values(name))
+            room[name] = max(room[name], len(known))
+    return space.extend(slots=room)
+
+
 def seen_settings(train_mixture: Names, eval_mixture: Names) -> dict[str, str]:
     """How each evaluated task relates to what was trained.
 
