@@ -350,9 +350,13 @@ def train(
             f"stopped by {stop.received or 'another process'} and saved at step {step} of "
             f"{train_steps}; run the same command again to resume"
         )
-    elif export_dir is not None and first:
-        task = registry.tasks_of(mixture_or_task_name)[0]  # the vocabularies of all fit the base
-        _export(export_dir, model, state, frozen, task)
+    elif export_dir is not None:
+        params = partitioning.whole(optimizers.combine(state.trained, frozen))
+        if first:
+            task = registry.tasks_of(mixture_or_task_name)[
+                0
+            ]  # the vocabularies of all fit the base
+            _export(export_dir, model, params, task)
     return state
 
 
@@ -404,13 +408,13 @@ def _eval_batches(
         yield {name: rows for name, rows in batch.items() if name != "valid"}
 
 
-def _export(folder: str, model: Any, state: TrainState, frozen: Any, task: str) -> None:
+def _export(folder: str, model: Any, params: Any, task: str) -> None:
     import seqio
 
     from modjax import hub
     from modjax.data import vocabularies
 
-    hub.save_base(folder, model.network.config, optimizers.combine(state.trained, frozen))
+    hub.save_base(folder, model.network.config, params)
     vocabularies.save(seqio.TaskRegistry.get(task).output_features["inputs"].vocabulary, folder)
 
 

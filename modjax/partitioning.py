@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax import errors
@@ -397,3 +398,14 @@ def place(tree: Any, placed: Any) -> Any:
         return jax.make_array_from_callback(value.shape, home, lambda index: value[index])
 
     return jax.tree.map(put, tree, placed)
+
+
+def whole(tree: Any) -> Any:
+    """The other way: arrays that several processes share, whole in each. Every process has to call it."""
+
+    def get(value: Any) -> Any:
+        if not isinstance(value, jax.Array) or value.is_fully_addressable:
+            return value
+        return multihost_utils.process_allgather(value, tiled=True)
+
+    return jax.tree.map(get, tree)

@@ -28,7 +28,6 @@ SHARED = {
     "MIXTURE_OR_TASK_MODULE": "toy_tasks",
     "MIXTURE_OR_TASK_NAME": "toy_turn",
     "BATCH_SIZE": 8,
-    "FEATURE_DROPOUT": 0.3,
 }
 TRAINING = {
     "TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 16},
@@ -49,10 +48,11 @@ EVALUATION = {
 }
 
 
-def command(entry, folder, **macros):
+def command(entry, folder, method="flix", **macros):
     run, values = ("finetune", TRAINING) if entry == "train" else ("eval", EVALUATION)
-    files = ("bases/folder.gin", "methods/flix.gin", f"runs/{run}.gin")
-    values = {**SHARED, **values, "BASE": str(folder / "base"), **macros}
+    files = ("bases/folder.gin", f"methods/{method}.gin", f"runs/{run}.gin")
+    dropout = {"FEATURE_DROPOUT": 0.3} if method == "flix" else {}
+    values = {**SHARED, **dropout, **values, "BASE": str(folder / "base"), **macros}
     return [
         entry,
         *(f"--gin_file={name}" for name in files),
@@ -166,3 +166,15 @@ def test_four_processes_two_that_share_a_model_and_one_train_in_turn_and_two_eva
     for name in ("results.json", *(f"predictions/toy_turn_{c}.jsonl" for c in ("en", "sw"))):
         texts = [(tmp_path / by / name).read_text() for by in ("two", "alone")]
         assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.slow
+def test_a_base_that_is_spread_over_two_processes_is_exported_whole(one, tmp_path):
+    def options(name):
+        places = {"MODEL_DIR": str(tmp_path / name), "EXPORT_DIR": str(tmp_path / f"{name}_base")}
+        return {"train__train__export_dir": places.pop("EXPORT_DIR"), "TRAIN_STEPS": 2, **places}
+
+    together(2, 1, command("train", one, "full", MODEL_PARALLEL=2, **options("two")))
+    alone("train", one, "full", **options("alone"))
+    (_, found), (_, want) = (hub.load_base(tmp_path / f"{name}_base") for name in ("two", "alone"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), found, want)
