@@ -109,7 +109,8 @@ def train(
         task of `eval_mixture` (default: the mixture trained on) and `eval_split`; 0 for never.
       profile, profile_steps: whether a trace is written to MODEL_DIR/profile, and after how many steps of this run, of
         how many.
-      export_dir: where the base, with the vocabulary of the tasks, is written at the end, if all of it was trained.
+      export_dir: where the base, with the vocabulary of the tasks, is written at the end, in float32, if all of it was
+        trained.
       operative_config: gives the text that is kept with the checkpoints and as
         MODEL_DIR/config.gin.
     """
@@ -352,11 +353,8 @@ def train(
         )
     elif export_dir is not None:
         params = partitioning.whole(optimizers.combine(state.trained, frozen))
-        if first:
-            task = registry.tasks_of(mixture_or_task_name)[
-                0
-            ]  # the vocabularies of all fit the base
-            _export(export_dir, model, params, task)
+        if first:  # the vocabularies of all tasks fit the base
+            _export(export_dir, model, params, registry.tasks_of(mixture_or_task_name)[0])
     return state
 
 
