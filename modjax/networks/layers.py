@@ -68,7 +68,7 @@ class RMSNorm(nn.Module):
         scale = parameter(self, "scale", init, (x.shape[-1],), (self.axis,))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * (self.offset + scale)).astype(self.dtype)
+        return (x * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):

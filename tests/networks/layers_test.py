@@ -2,6 +2,7 @@
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -38,3 +39,13 @@ def test_a_parameter_of_another_shape_is_refused_and_named(layer, x):
     name = "kernel" if isinstance(layer, layers.Dense) else "scale"
     with pytest.raises(flax.errors.ScopeParamShapeError, match=f'parameter "{name}"'):
         layer.apply(params, x)
+
+
+def test_one_and_a_scale_in_bfloat16_are_added_in_float32():
+    """Gemma's, of which many checkpoints are in bfloat16; not jitted, for XLA may leave the rounding out."""
+    x = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    scale = jnp.asarray(np.random.default_rng(1).normal(0, 0.3, 64), jnp.bfloat16)
+    norm = layers.RMSNorm(offset=1.0)
+    found = norm.apply({"params": {"scale": scale}}, x)
+    rms = np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(found, x / rms * (1 + np.asarray(scale, np.float32)), rtol=1e-5)
