@@ -201,8 +201,11 @@ def train(
             initial_checkpoint_path, metadata, trained, stored, model, start
         )
     before = None
-    if initial_checkpoint_path and not start.collapse:
+    if own and stored is not None and "before" in stored:
+        before = stored["before"]  # the checkpoint that this run started from may be gone
+    elif initial_checkpoint_path and not start.collapse:
         before = checkpoints.read_metadata(initial_checkpoint_path)["method"]
+    metadata["before"] = before
     rates = initialize.factors(layout, start, metadata["method"], before)
     layout = dataclasses.replace(layout, rates=rates)
 
@@ -249,9 +252,7 @@ def train(
     if first and begin < train_steps:
         _write_info(model_dir, model, layout, metadata["gin"])
 
-    writer = logging.MetricWriter(
-        os.path.join(model_dir, "train"), first, tensorboard, begin if own else None
-    )
+    writer = logging.MetricWriter(os.path.join(model_dir, "train"), first, tensorboard, begin)
     trace = None
     if profile:
         folder = os.path.join(model_dir, "profile")
@@ -311,9 +312,7 @@ def train(
             sums = trainer.evaluate(state, frozen, itertools.islice(batches, eval_steps))
             if task not in eval_writers:
                 folder = os.path.join(model_dir, "training_eval", task)
-                eval_writers[task] = logging.MetricWriter(
-                    folder, first, tensorboard, begin if own else None
-                )
+                eval_writers[task] = logging.MetricWriter(folder, first, tensorboard, begin)
             eval_writers[task].write(step, logging.summarize(sums))
 
     def batches() -> Iterator[Any]:

@@ -54,7 +54,7 @@ class MetricWriter:
       enabled: False in all processes but the first: then nothing is written.
       tensorboard: whether event files are written (needs the package tensorboardX).
       resume_step: lines after this step, left by a run that ended later than its last checkpoint,
-        are dropped.
+        are dropped; with 0 all, of a run that ended before its first.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class MetricWriter:
         folder: str | os.PathLike[str],
         enabled: bool = True,
         tensorboard: bool = True,
-        resume_step: int | None = None,
+        resume_step: int = 0,
     ):
         self._file: TextIO | None = None
         self._board: Any = None
@@ -71,14 +71,15 @@ class MetricWriter:
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if resume_step is not None and path.exists():
+        known = path.exists()
+        if known:
             _keep_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             import tensorboardX
 
             # Purging makes the viewer, too, forget what came after the step resumed from.
-            purge = None if resume_step is None else resume_step + 1
+            purge = resume_step + 1 if known else None
             self._board = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
@@ -106,7 +107,10 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    # Whole or not at all, for a run may be stopped here, too.
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
 
 
 class Progress:

@@ -53,6 +53,18 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, 3.5)]
 
 
+def test_a_run_that_begins_anew_has_no_lines_of_one_that_died_before_its_first_checkpoint(tmp_path):
+    for loss in (9.0, 1.0):
+        writer = logging.MetricWriter(tmp_path)
+        writer.write(10, {"loss": loss})
+        writer.close()
+    assert [line["loss"] for line in lines_of(tmp_path)] == [1.0]
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_other_processes_write_nothing(tmp_path):
     writer = logging.MetricWriter(tmp_path / "train", enabled=False)
     writer.write(1, {"loss": 1.0})

@@ -206,6 +206,13 @@ def test_a_run_from_another_checkpoint_keeps_what_each_name_has_learned(pretrain
             assert not columns[:, 4:8].any() and after[:, 4:8].any() and after[:, 12:].any()
     with pytest.raises(checkpoints.CheckpointError, match="trained without task 'turn', language"):
         train(*FLIX, MODEL_DIR=tmp_path / "a", BASE=options["BASE"], TRAIN_STEPS=4)
+    # The same command resumes, also where the first run has gone.
+    shutil.rmtree(tmp_path / "a")
+    again = train(*FLIX, MODEL_DIR=tmp_path / "c", **options | {"TRAIN_STEPS": 2})
+    for path, value in again.items():
+        after, before = (x[path] if path.endswith("/a") else x[path].T for x in (again, old))
+        np.testing.assert_array_equal(after[:, 0:4], before[:, 0:4])
+        assert (value != moved[path]).any()
 
 
 def test_a_trained_model_is_restored_for_evaluation(adapted, pretrained):
