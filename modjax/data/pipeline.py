@@ -34,6 +34,22 @@ from modjax.data.iterator import Batch, TrainIterator
 from modjax.features import FeatureSpace, Unknown
 
 
+class Example(dict[str, Any]):
+    """What a task's preprocessors left in an example but tokens, text as str, by the names that they gave it.
+
+    `inputs_pretokenized` and `targets_pretokenized` are there in any case.
+
+    Attributes:
+      task: whose it is.
+      index: its place in the split.
+      too_long: those of "inputs" and "targets" that were trimmed.
+    """
+
+    def __init__(self, task: str, index: int, too_long: Sequence[str]):
+        super().__init__()
+        self.task, self.index, self.too_long = task, index, too_long
+
+
 def train_iterator(
     mixture: str,
     split: str,
@@ -148,7 +164,7 @@ def eval_batches(
     use_cached: bool = False,
     on_too_long: Literal["count", "error"] = "count",
     max_examples: int | None = None,
-) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+) -> Iterator[tuple[Batch, list[Example]]]:
     """Every example of a task's split once, in order, not packed.
 
     In a job of several processes each gets its rows of the same batches, equally many batches for
@@ -169,9 +185,7 @@ def eval_batches(
 
     Yields:
       A batch of B rows with `valid`, bool `[B]`, false for the rows of zeros that fill up the last
-      one, S = 1; and for each valid row its example: `index` in the split; `task`; `too_long`,
-      those of "inputs" and "targets" that were trimmed; and all that the task's preprocessors left
-      in it but tokens, text as str, `inputs_pretokenized` and `targets_pretokenized` in any case.
+      one, S = 1; and for each valid row its `Example`.
 
     Raises:
       ValueError: as `train_iterator`; text that is not UTF-8 (task and index are named).
@@ -204,7 +218,7 @@ def eval_batches_of(
     unknown: Unknown = "none",
     use_cached: bool = False,
     max_examples: int | None = None,
-) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+) -> Iterator[tuple[Batch, list[Example]]]:
     """`eval_batches` of several tasks; a batch may hold examples of several, and tasks come in any order.
 
     Tasks of text in memory with the same preprocessors are read by one pipeline (`modjax.data.mixing`).
@@ -256,9 +270,9 @@ def _eval_batches(pairs, table, lengths, batch_size, rows, on_too_long):
         readable = [_example(name, index, ex) for (name, index), (_, ex) in mine]
         if on_too_long == "error":
             for ex in readable:
-                for kind in ex["too_long"]:
+                for kind in ex.too_long:
                     raise ValueError(
-                        f"task {ex['task']!r}, example {ex['index']}: {kind} over the limit of "
+                        f"task {ex.task!r}, example {ex.index}: {kind} over the limit of "
                         f"{lengths[kind]} tokens; raise task_feature_lengths, or allow trimming."
                     )
         yield batch, readable
@@ -284,11 +298,10 @@ def _readable(ds: tf.data.Dataset) -> Iterator[Any]:
             raise ValueError(plain(e)) from e
 
 
-def _example(task: str, index: int, ex: Mapping[str, Any]) -> dict[str, Any]:
+def _example(task: str, index: int, ex: Mapping[str, Any]) -> Example:
     flags = int(ex[DATASET_KEY][0]) & ((1 << FLAG_BITS) - 1)
     kinds = (("inputs", INPUTS_TOO_LONG), ("targets", TARGETS_TOO_LONG))
-    out: dict[str, Any] = {"index": index, "task": task}
-    out["too_long"] = [kind for kind, flag in kinds if flags & flag]
+    out = Example(task, index, [kind for kind, flag in kinds if flags & flag])
     features = seqio.TaskRegistry.get(task).output_features
     for name, value in ex.items():
         if name not in features:
@@ -300,8 +313,10 @@ def _example(task: str, index: int, ex: Mapping[str, Any]) -> dict[str, Any]:
                 ) from e
     for name in ("inputs", "targets"):
         if f"{name}_pretokenized" not in out:
-            tokens = [int(t) for t in ex[name] if t]
-            out[f"{name}_pretokenized"] = features[name].vocabulary.decode(tokens)
+            values = np.ravel(ex[name])
+            if not np.issubdtype(values.dtype, np.floating):  # a number may be 0, a token is not
+                values = values[values != 0]
+            out[f"{name}_pretokenized"] = features[name].vocabulary.decode(values.tolist())
     return out
 
 

@@ -35,13 +35,13 @@ class Examples:
     Attributes:
       datasets: the SeqIO tasks.
       arrays: model features by name, `[N, ...]`, not packed.
-      texts: for each example what `pipeline.eval_batches` says about it.
+      texts: the examples.
       space: gave the ids in `arrays["features"]` and `arrays["tasks"]`.
     """
 
     datasets: tuple[str, ...]
     arrays: Mapping[str, np.ndarray]
-    texts: Sequence[Mapping[str, Any]]
+    texts: Sequence[pipeline.Example]
     space: FeatureSpace | None
 
 
@@ -116,7 +116,7 @@ def _read(
     use_cached: bool,
 ) -> Examples:
     parts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-    texts: list[Mapping[str, Any]] = []
+    texts: list[pipeline.Example] = []
     batches = pipeline.eval_batches_of(
         [task.name for task in tasks],
         split,
@@ -135,7 +135,7 @@ def _read(
         texts += examples
     # Task by task, whichever were read together.
     place = {task.name: number for number, task in enumerate(tasks)}
-    order = sorted(range(len(texts)), key=lambda i: place[texts[i]["task"]])
+    order = sorted(range(len(texts)), key=lambda i: place[texts[i].task])
     texts = [texts[i] for i in order]
     arrays = {feature: np.concatenate(values)[order] for feature, values in parts.items()}
     for values in arrays.values():
@@ -183,7 +183,7 @@ def evaluate(
     arrays = _switched_off(examples, settings, switch_off or {})
     by_dataset: dict[str, list[int]] = {name: [] for name in examples.datasets}
     for i, text in enumerate(examples.texts):
-        by_dataset[text["task"]].append(i)
+        by_dataset[text.task].append(i)
     answers: dict[int, str] = {}
 
     def answer(datasets: Sequence[str], how: Callable[..., list[str]]) -> None:
@@ -192,7 +192,7 @@ def evaluate(
             part = {name: values[rows] for name, values in arrays.items()}
             answers.update(zip(rows, how(part, [examples.texts[i] for i in rows]), strict=True))
 
-    def write(part: Mapping[str, np.ndarray], texts: Sequence[Mapping[str, Any]]) -> list[str]:
+    def write(part: Mapping[str, np.ndarray], texts: Sequence[pipeline.Example]) -> list[str]:
         tokens = predict.predict_all(predict_fn, part, batch_size, padded_lengths, progress)
         return _decoded(texts, tokens)
 
@@ -226,16 +226,16 @@ def evaluate(
         )
         found.predictions[dataset] = [
             {
-                "index": text["index"],
+                "index": text.index,
                 "input": text["inputs_pretokenized"],
                 "target": targets[i],
                 "prediction": predictions[i],
                 "metrics": {m: round(score.per_example[i], 4) for m, score in scores.items()},
-                **({"too_long": text["too_long"]} if text["too_long"] else {}),
+                **({"too_long": text.too_long} if text.too_long else {}),
             }
             for i, text in enumerate(texts)
         ]
-        found.trimmed[dataset] = sum(bool(text["too_long"]) for text in texts)
+        found.trimmed[dataset] = sum(bool(text.too_long) for text in texts)
     return found
 
 
@@ -266,7 +266,7 @@ def _switched_off(
                 raise ValueError(
                     f"switch_off: unknown feature {feature!r}.{nearest(feature, space.names)}"
                 )
-        there = np.array([settings[text["task"]] == setting for text in examples.texts])
+        there = np.array([settings[text.task] == setting for text in examples.texts])
         columns = np.array([name in features for name in space.slot_features])
         arrays["features"] = np.where(
             there[:, None, None] & columns[None, None, :], 0, arrays["features"]
@@ -288,19 +288,17 @@ def _names(datasets: Sequence[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _decoded(texts: Sequence[Mapping[str, Any]], tokens: Sequence[np.ndarray]) -> list[str]:
+def _decoded(texts: Sequence[pipeline.Example], tokens: Sequence[np.ndarray]) -> list[str]:
     """Predicted tokens as text, up to the end mark."""
-    features = {
-        text["task"]: seqio.TaskRegistry.get(text["task"]).output_features for text in texts
-    }
+    features = {text.task: seqio.TaskRegistry.get(text.task).output_features for text in texts}
     return [
-        features[text["task"]]["targets"].vocabulary.decode(row.tolist())
+        features[text.task]["targets"].vocabulary.decode(row.tolist())
         for text, row in zip(texts, tokens, strict=True)
     ]
 
 
 def _texts(
-    dataset: str, texts: Sequence[Mapping[str, Any]], answers: Sequence[str]
+    dataset: str, texts: Sequence[pipeline.Example], answers: Sequence[str]
 ) -> tuple[list[Any], list[str]]:
     """Targets and predictions as the task's postprocessing leaves them."""
     task = seqio.TaskRegistry.get(dataset)

@@ -85,7 +85,7 @@ def test_pairs_are_joined_in_the_template_and_cut_inside_it(add, vocabulary):
     assert np.count_nonzero(row == sep) == 2
     # What was cut is said, and refused where that is asked for.
     _, texts = read("cls_pair", make, 16)
-    assert [text["too_long"] for text in texts] == [["inputs"], []]
+    assert [text.too_long for text in texts] == [["inputs"], []]
     with pytest.raises(ValueError, match="example 0: inputs over the limit of 16 tokens"):
         read("cls_pair", make, 16, on_too_long="error")
 
@@ -101,6 +101,25 @@ def test_numbers_are_float_targets(add):
     assert not batch["encoder_token_types"].any()
     numbers = classification.NumberVocabulary()
     assert numbers.encode("2.5") == [2.5] and numbers.decode([2.5]) == "2.5"
+
+
+def test_numbers_of_a_preprocessor_of_ones_own_are_read_back_whole(vocabulary):
+    def keep(ds, output_features):
+        return ds.map(lambda ex: {**ex, "targets": [ex["targets"]]})
+
+    rows = [{"inputs": GREEK, "targets": value} for value in (3.5, 0.0, -0.25)]
+    steps = [classification.in_template(("inputs",)), keep]
+    source = ExamplesSource(
+        {"train": [{**row, "targets": np.float32(row["targets"])} for row in rows]}
+    )
+    registry.add_task("cls_own", source, steps, classification.features(vocabulary, None))
+    try:
+        make = converters.RegressionFeatureConverter.ending_with(None)
+        batch, texts = read("cls_own", make, 64)
+        assert batch["values"][:, 0].tolist() == [3.5, 0.0]
+        assert [text["targets_pretokenized"] for text in texts] == ["3.5", "0"]
+    finally:
+        registry.remove("cls_own")
 
 
 def test_labels_go_there_and_back_and_others_are_refused(add):

@@ -37,16 +37,36 @@ def test_every_example_comes_once_in_order_with_its_text(space):
     found = batches(space)
     assert [b["valid"].tolist() for b, _ in found] == [[True] * 4, [True] * 3 + [False]]
     examples = [ex for _, part in found for ex in part]
-    assert [ex["index"] for ex in examples] == list(range(7))
+    assert [ex.index for ex in examples] == list(range(7))
     for ex, row in zip(examples, ROWS, strict=True):
-        assert ex["task"] == "ev_task" and ex["note"] == row["note"]
+        assert ex.task == "ev_task" and ex["note"] == row["note"]
         assert ex["inputs_pretokenized"] == row["inputs"]
         assert ex["targets_pretokenized"] == row["targets"]
-        assert ex["too_long"] == (["targets"] if len(row["targets"]) > 5 else [])
+        assert ex.too_long == (["targets"] if len(row["targets"]) > 5 else [])
     last, _ = found[-1]
     assert not any(last[name][3].any() for name in last)
     assert last["features"].tolist() == [[[1, 1]]] * 3 + [[[0, 0]]]
     assert len(batches(space, max_examples=3)) == 1
+
+
+def test_fields_of_an_examples_own_stay_what_they_are():
+    own = {"task": "ev_other", "index": 7, "too_long": "no"}
+    names = ("ev_own", "ev_other")
+    for name in names:
+        rows = [{"inputs": name[3:], "targets": "x", **own, "task": names[name == "ev_own"]}]
+        registry.add_task(name, ExamplesSource({"test": rows}), STEPS, FEATURES)
+    try:
+        found = pipeline.eval_batches_of(
+            names, "test", None, task_feature_lengths=LENGTHS, batch_size=1
+        )
+        examples = {ex.task: ex for _, (ex,) in found}
+        for name in names:
+            ex = examples[name]
+            assert ex["inputs_pretokenized"] == name[3:] and ex["task"] != name
+            assert (ex.index, ex["index"], ex.too_long, ex["too_long"]) == (0, 7, [], "no")
+    finally:
+        for name in names:
+            registry.remove(name)
 
 
 def test_arrays_are_those_of_the_feature_converter(space):

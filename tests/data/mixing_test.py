@@ -175,8 +175,8 @@ def test_an_evaluation_reads_the_same_examples_task_by_task(add, monkeypatch):
     monkeypatch.setattr(mixing, "groups", lambda tasks, *args: [[task] for task in tasks])
     for one, other in zip(ours, [read(None), read(3)], strict=True):
         assert one.texts == other.texts and same(one.arrays, other.arrays)
-    assert [text["index"] for text in ours[1].texts] == [0, 1, 2] * 5
-    assert ours[0].texts[-1]["place"] == "there" and any(t["too_long"] for t in ours[0].texts)
+    assert [text.index for text in ours[1].texts] == [0, 1, 2] * 5
+    assert ours[0].texts[-1]["place"] == "there" and any(t.too_long for t in ours[0].texts)
     runner._read.cache_clear()
 
 

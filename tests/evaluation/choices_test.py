@@ -8,7 +8,7 @@ import pytest
 import seqio
 
 from modjax import models
-from modjax.data import registry
+from modjax.data import pipeline, registry
 from modjax.data.sources import ExamplesSource
 from modjax.evaluation import choices, predict, runner
 
@@ -98,12 +98,12 @@ def test_the_most_probable_choice_is_the_prediction(made, known, summary):
     )
     expected = {"rank_own": [], "rank_fixed": []}
     for text in examples.texts:
-        options = FIXED if text["task"] == "rank_fixed" else ROWS[text["index"]]["choices"]
+        options = FIXED if text.task == "rank_fixed" else ROWS[text.index]["choices"]
         scores = []
         for option in options:
             total, length = known(text["inputs_pretokenized"], option)
             scores.append(total / length if summary == "mean" else total)
-        expected[text["task"]].append(options[int(np.argmax(scores))])
+        expected[text.task].append(options[int(np.argmax(scores))])
     said = {task: [p["prediction"] for p in rows] for task, rows in found.predictions.items()}
     assert said == expected
     flat = [answer for answers in expected.values() for answer in answers]
@@ -112,8 +112,23 @@ def test_the_most_probable_choice_is_the_prediction(made, known, summary):
 
 def test_choices_that_are_none_are_refused(made):
     model, params, examples = made
-    texts = [dict(examples.texts[0], task="rank_own", choices=["one"], index=7)]
+    text = pipeline.Example("rank_own", 7, [])
+    text["choices"] = ["one"]
+    texts = [text]
     with pytest.raises(ValueError, match="'rank_own', example 7: choices must be two texts"):
         choices.choose(model, predict.scorer(model, params), {}, texts, 4)
     with pytest.raises(ValueError, match="choice_scores is one of sum, mean, not 'max'"):
         choices.choose(model, predict.scorer(model, params), {}, texts, 4, "max")
+
+
+def test_a_choice_without_a_token_is_refused(made):
+    model, params, _ = made
+    features = {k: seqio.Feature(VOCABULARY, add_eos=False) for k in ("inputs", "targets")}
+    source = ExamplesSource({"test": ROWS})
+    registry.add_task("rank_none", source, [], features, choices=("yes", ""))
+    try:
+        texts = [pipeline.Example("rank_none", 0, [])]
+        with pytest.raises(ValueError, match="'rank_none': the choice '' has no token"):
+            choices.choose(model, predict.scorer(model, params), {}, texts, 4)
+    finally:
+        registry.remove("rank_none")

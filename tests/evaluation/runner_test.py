@@ -185,7 +185,7 @@ def test_a_dataset_without_a_setting_is_an_error(examples):
 
 def test_reading_can_be_limited_and_strict():
     few = runner.read("run_all", "test", SPACE, task_feature_lengths=LENGTHS, max_examples=2)
-    assert [t["index"] for t in few.texts] == [0, 1] * 4
+    assert [t.index for t in few.texts] == [0, 1] * 4
     with pytest.raises(UnknownFeatureError, match="run_copy_yo.*'yo'"):
         runner.read("run_all", "test", SPACE, task_feature_lengths=LENGTHS, unknown="error")
 
