@@ -55,7 +55,7 @@ def letters(vocabulary: seqio.Vocabulary) -> Callable[[tf.data.Dataset], tf.data
         place = tf.random.experimental.stateless_shuffle(tf.range(tf.size(tokens)), tf.stack(seed))
         order = tf.argsort(tf.gather(place, character), stable=True)
         targets = tf.gather(tokens, order)
-        return {**example, "inputs": tf.concat([prompt_ids, targets], axis=0), "targets": targets}
+        return _lesson(example, tf.concat([prompt_ids, targets], axis=0), targets)
 
     return jumble
 
@@ -82,7 +82,7 @@ def shuffled(
         others = tf.random.stateless_uniform(tf.shape(tokens), drawn, _SPECIAL, size, tf.int32)
         replaced = tf.random.stateless_uniform(tf.shape(tokens), which) < foreign
         targets = tf.where(replaced, others, tokens)
-        return {**example, "inputs": tf.concat([prompt_ids, targets], axis=0), "targets": targets}
+        return _lesson(example, tf.concat([prompt_ids, targets], axis=0), targets)
 
     return shuffle
 
@@ -114,7 +114,7 @@ def quote(
         shown = tf.stack([begins, tf.ones_like(begins), ends], axis=1)
         targets = tf.boolean_mask(marked, tf.logical_and(shown, inside[:, None]))
         inputs = tf.concat([prompt_ids, tf.boolean_mask(marked, shown)], axis=0)
-        return {**example, "inputs": inputs, "targets": targets}
+        return _lesson(example, inputs, targets)
 
     return mark
 
@@ -174,9 +174,18 @@ def _preprocessor(
         cut = gaps(tf.size(tokens), density, mean_span, most - 1, tf.stack(seed))
         inputs = _with_sentinels(tokens, cut, top)
         targets = tokens if whole else _with_sentinels(tokens, tf.logical_not(cut), top)
-        return {**example, "inputs": tf.concat([prompt_ids, inputs], axis=0), "targets": targets}
+        return _lesson(example, tf.concat([prompt_ids, inputs], axis=0), targets, whole)
 
     return corrupt
+
+
+def _lesson(
+    example: dict[str, tf.Tensor], inputs: tf.Tensor, targets: tf.Tensor, whole: bool = False
+) -> dict[str, tf.Tensor]:
+    """The example with others as its tokens; the text that stood for them stays where it still does."""
+    gone = {"inputs_pretokenized"} | (set() if whole else {"targets_pretokenized"})
+    kept = {name: value for name, value in example.items() if name not in gone}
+    return {**kept, "inputs": inputs, "targets": targets}
 
 
 def _with_sentinels(tokens: tf.Tensor, removed: tf.Tensor, top: int) -> tf.Tensor:

@@ -307,6 +307,10 @@ def test_shots_are_drawn_by_the_seed_and_other_splits_are_whole():
     mine, whole = targets(first, "train"), targets("toy_turn_en", "train")
     assert len(mine) == 6 and set(mine) <= set(whole) and mine != targets(other, "train")
     assert targets(first, "validation") == targets("toy_turn_en", "validation")
+    held = shots.few_shot_task("toy_turn_en", 6, 1, "validation")
+    assert (
+        set(targets(held, "train")) <= set(targets("toy_turn_en", "validation")) and held != first
+    )
 
 
 def test_impossible_protocols_are_refused(many, tmp_path):

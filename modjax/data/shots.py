@@ -22,7 +22,8 @@ def few_shot_task(task: str, shots: int, seed: int, split: str = "train") -> str
       split: which split they are drawn from.
 
     Returns:
-      The new task's name, `<task>_<shots>shots_<seed>`; the same arguments give the same task.
+      The new task's name, `<task>_<shots>shots_<seed>`, with `_<split>` unless that is "train"; the same arguments give
+      the same task.
 
     Raises:
       ValueError: a mixture, fewer examples than shots, or no shots.
@@ -31,7 +32,7 @@ def few_shot_task(task: str, shots: int, seed: int, split: str = "train") -> str
         raise ValueError(f"shots must be at least 1, got {shots}.")
     if registry.tasks_of(task) != [task]:
         raise ValueError(f"{task!r} is a mixture; its tasks: {registry.tasks_of(task)}.")
-    name = f"{task}_{shots}shots_{seed}"
+    name = f"{task}_{shots}shots_{seed}" + (f"_{split}" if split != "train" else "")
     if name in seqio.TaskRegistry.names():
         return name
     original = seqio.TaskRegistry.get(task)

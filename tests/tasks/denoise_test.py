@@ -22,6 +22,19 @@ def lessons(make, texts, seed=7):
     return [(list(e["inputs"]), list(e["targets"])) for e in data.as_numpy_iterator()]
 
 
+@pytest.mark.parametrize("lesson", ["fill", "letters", "quote", "shuffled", "restore"])
+def test_text_beside_the_tokens_is_theirs_or_is_not_there(lesson):
+    ids = byte_tasks.VOCABULARY.encode(TEXT)
+    example = {"inputs": ids, "targets": ids, "note": "kept"}
+    example |= {"inputs_pretokenized": TEXT, "targets_pretokenized": TEXT}
+    ds = tf.data.Dataset.from_tensors(example)
+    with seqio.utils.map_seed_manager(3):
+        (found,) = getattr(denoise, lesson)(byte_tasks.VOCABULARY)(ds).as_numpy_iterator()
+    texts = {name: found[name] for name in found if name.endswith("pretokenized")}
+    assert texts == ({"targets_pretokenized": TEXT.encode()} if lesson == "restore" else {})
+    assert found["note"] == b"kept"
+
+
 def without_prompt(ids, prompt):
     prompt_ids = byte_tasks.VOCABULARY.encode(prompt)
     assert ids[: len(prompt_ids)] == prompt_ids
