@@ -308,6 +308,7 @@ def train(
                 task_feature_lengths,
                 batch_size,
                 shares[jax.process_index()],
+                use_cached_tasks,
             )
             sums = trainer.evaluate(state, frozen, itertools.islice(batches, eval_steps))
             if task not in eval_writers:
@@ -388,6 +389,7 @@ def _eval_batches(
     lengths: Any,
     batch_size: int,
     rows: Sequence[int],
+    use_cached: bool,
 ) -> Iterator[Any]:
     from modjax.data import checks
 
@@ -399,6 +401,7 @@ def _eval_batches(
         batch_size=batch_size,
         rows=rows,
         converter=model.converter,
+        use_cached=use_cached,
     )
     for batch, _ in batches:
         checks.check_ids(batch, getattr(model.network, "config", None), space)
