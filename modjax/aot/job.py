@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from modjax import initialize, launch, optimizers, partitioning, profiling, quantization
+from modjax import hub, initialize, launch, optimizers, partitioning, profiling, quantization
 from modjax.features import FeatureSpace
+from modjax.hub.base import open_base
 from modjax.trainer import Trainer, TrainState
 
 # What every run has to be told and no program depends on.
@@ -123,9 +125,19 @@ def from_gin(
         lengths,
         ask("batch_size"),
         ask("microbatches"),
-        ask("base_dtype"),
+        ask("base_dtype") or _dtype_of(ask("base")),
         segments or None,
     )
+
+
+def _dtype_of(base: str | None) -> str | None:
+    """That of a base's files, which a run keeps the base in; None, as what a network declares, where there are none."""
+    if not base or not hub.is_base(base):
+        return None
+    kinds = [
+        k for k in open_base(base).files.dtypes.values() if jax.numpy.issubdtype(k, np.floating)
+    ]
+    return functools.reduce(np.promote_types, kinds).name
 
 
 def generated_space(features: Mapping[str, int]) -> FeatureSpace:

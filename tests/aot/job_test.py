@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from modjax import launch, quantization
+from modjax import hub, launch, quantization
 from modjax.aot import __main__ as aot
 from modjax.aot import chips, job, measure
+from modjax.networks import t5
 
 TINY = ("--gin_file=tests/testdata/tiny.gin", "--gin_file=runs/finetune.gin")
 SIZES = (
@@ -38,6 +39,18 @@ def test_a_base_in_its_precision_and_the_adapters_are_counted_without_a_weight()
     sites = 3 * 4 * (16 + 16) + 2 * 3 * (16 + 32)
     assert held["int8"]["trained"] == 4 * 5 * 4 * sites
     assert held["int8"]["optimizer"] == pytest.approx(2 * held["int8"]["trained"], rel=1e-3)
+
+
+def test_a_base_in_a_folder_is_counted_in_the_precision_of_its_files(tmp_path):
+    config = t5.T5Config(260, 16, 2, 8, 32, 1, 1)
+    tokens = np.ones((1, 4), int)
+    params = t5.Transformer(config).init(jax.random.key(0), tokens, tokens)["params"]
+    hub.save_base(tmp_path, config, jax.tree.map(lambda x: x.astype("bfloat16"), params))
+    held = [
+        job.training(tiny("lora", *flags), jax.devices()[:1]).held["base"]
+        for flags in ((), (f"--gin.BASE='{tmp_path}'",))
+    ]
+    assert held[0] == 2 * held[1]
 
 
 def test_the_shapes_of_an_int8_base_are_those_of_its_values():
