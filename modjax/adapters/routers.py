@@ -194,7 +194,7 @@ class Features(WithoutLogits):
         if ids:
             index = jnp.stack(ids, axis=-1) - 1
         else:
-            known = mix.features if mix.tasks is None else mix.tasks[..., None]
+            known = mix.features if mix.tasks is None else mix.tasks
             if known is None:
                 raise ValueError('Router Features needs batch["features"] or batch["tasks"].')
             index = jnp.zeros((*known.shape[:2], 0), jnp.int32)
