@@ -15,7 +15,7 @@ import pytest
 from flax import traverse_util
 
 from modjax import adapters, checkpoints, hub, initialize, launch, loop, models
-from modjax.data import seqio
+from modjax.data import pipeline, seqio
 from modjax.data.vocabularies import vocabulary_of
 from modjax.features import FeatureSpace
 from modjax.networks import t5
@@ -291,6 +291,25 @@ def test_what_trains_of_a_base_in_bfloat16_trains_in_float32(pretrained, tmp_pat
         assert value.dtype == np.float32, path
         # Half of the last bit of a bfloat16 near 1 is 2e-3.
         assert 0 < np.abs(value - before[path].astype(np.float32)).max() < 1e-4, path
+
+
+def test_validation_reads_caches_where_training_does(pretrained, tmp_path, monkeypatch):
+    asked = set()
+
+    def without_a_cache(name):
+        read = getattr(pipeline, name)
+
+        def asked_for(*args, use_cached=False, **options):
+            asked.add((name, use_cached))
+            return read(*args, **options)
+
+        return asked_for
+
+    for name in ("train_iterator", "eval_batches"):
+        monkeypatch.setattr(pipeline, name, without_a_cache(name))
+    options = {"BASE": pretrained[0] / "base", "MODEL_DIR": tmp_path, "TRAIN_STEPS": 1}
+    train(*FLIX, USE_CACHED_TASKS=True, EVAL_STEPS=1, EVAL_PERIOD=1, **options)
+    assert asked == {("train_iterator", True), ("eval_batches", True)}
 
 
 def test_a_mistake_is_one_line_and_an_exit_status(capsys):
