@@ -14,7 +14,7 @@ from typing import Protocol
 
 from modjax.errors import nearest
 from modjax.evaluation import parses, tags
-from modjax.evaluation.text import answer_words, writes_without_spaces
+from modjax.evaluation.text import answer_words, words, writes_without_spaces
 
 Target = str | Sequence[str]
 
@@ -104,8 +104,8 @@ def qa_exact_match(
 
     Words as in `text.answer_words`: case, punctuation and the language's articles do not count.
     """
-    words = _answer_reader(language)
-    return _mean_of(targets, predictions, lambda t, p: words(t) == words(p))
+    read = _answer_reader(language)
+    return _mean_of(targets, predictions, lambda t, p: read(t) == read(p))
 
 
 def token_f1(
@@ -116,13 +116,41 @@ def token_f1(
     Words as in `text.answer_words`: articles are dropped only in languages known to have them, and
     in scripts without spaces each letter is a word. Two empty answers agree.
     """
-    words = _answer_reader(language)
+    read = _answer_reader(language)
 
     def f1(target: str, prediction: str) -> float:
-        gold, given = collections.Counter(words(target)), collections.Counter(words(prediction))
+        gold, given = collections.Counter(read(target)), collections.Counter(read(prediction))
         return _f1(sum((gold & given).values()), gold.total(), given.total())
 
     return _mean_of(targets, predictions, f1)
+
+
+def rouge_l(
+    targets: Sequence[Target], predictions: Sequence[str], *, language: str | None = None
+) -> Score:
+    """Mean F1 of the longest common subsequence of words with the best reference (ROUGE-L, Lin 2004).
+
+    Natural Instructions are scored by it. Words as in `text.words`, of any script, without stemming; the usual scorer
+    of English keeps ASCII letters and digits alone. Two empty texts agree.
+    """
+
+    def f1(target: str, prediction: str) -> float:
+        gold, given = words(target), words(prediction)
+        return _f1(_common_subsequence(gold, given), len(gold), len(given))
+
+    return _mean_of(targets, predictions, f1)
+
+
+def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+    """The length of the longest."""
+    row = [0] * (len(other) + 1)
+    for word in one:
+        last = 0  # of the row above, one place to the left
+        for i, candidate in enumerate(other, 1):
+            above = row[i]
+            row[i] = last + 1 if word == candidate else max(above, row[i - 1])
+            last = above
+    return row[-1]
 
 
 def tag_accuracy(
@@ -249,8 +277,10 @@ def _standard_scores(values: Sequence[float | None]) -> list[float]:
     known = [value for value in values if value is not None]
     mean = statistics.fmean(known) if known else 0.0
     filled = [mean if value is None else value for value in values]
+    if min(filled) == max(filled):  # the mean of equal values may be another number, by a rounding
+        return [0.0] * len(filled)
     deviation = statistics.pstdev(filled, mean)
-    return [(value - mean) / deviation if deviation else 0.0 for value in filled]
+    return [(value - mean) / deviation for value in filled]
 
 
 # To add a metric, add it here: tasks name their metrics by these keys.
@@ -261,6 +291,7 @@ METRICS: dict[str, Metric] = {
     "malformed": malformed,
     "qa_exact_match": qa_exact_match,
     "token_f1": token_f1,
+    "rouge_l": rouge_l,
     "tag_accuracy": tag_accuracy,
     "span_f1": span_f1,
     "bleu": bleu,

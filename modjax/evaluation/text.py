@@ -79,13 +79,20 @@ def normalise(text: str) -> str:
     letters of scripts that write no spaces (so that two segmentations of the same Thai text are
     equal).
     """
-    words = "".join(" " if is_punctuation(c) else c for c in fold(text)).split()
     out: list[str] = []
-    for word in words:
+    for word in "".join(" " if is_punctuation(c) else c for c in fold(text)).split():
         if out and not (is_unspaced(out[-1][-1]) or is_unspaced(word[0])):
             out.append(" ")
         out.append(word)
     return "".join(out)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, for ROUGE-L: folded, split at white space and punctuation, and within scripts that write
+    no spaces after each letter with its marks.
+    """
+    spaced = "".join(" " if is_punctuation(c) else c for c in fold(text)).split()
+    return [piece for word in spaced for piece in _split_unspaced(word)]
 
 
 def answer_words(text: str, language: str | None = None) -> list[str]:
@@ -104,11 +111,11 @@ def answer_words(text: str, language: str | None = None) -> list[str]:
     text = fold(text)
     if name in _ELIDED:
         text = _ELIDED[name].sub("", text)
-    words: list[str] = []
+    found: list[str] = []
     for word in "".join(c for c in text if not is_punctuation(c)).split():
-        words.extend(_split_unspaced(word))
+        found.extend(_split_unspaced(word))
     articles = _ARTICLES.get(name, frozenset())
-    return [w for w in words if w not in articles] or words
+    return [w for w in found if w not in articles] or found
 
 
 def _split_unspaced(word: str) -> list[str]:

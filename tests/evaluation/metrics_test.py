@@ -1,5 +1,8 @@
 """Each metric against values worked out by hand."""
 
+import itertools
+import random
+
 import numpy as np
 import pytest
 
@@ -66,6 +69,36 @@ def test_values_are_means_and_examples_keep_their_order():
 def test_answers_count_by_their_best_gold_answer(target, prediction, language, f1, exact):
     assert value("token_f1", target, prediction, language) == pytest.approx(f1)
     assert value("qa_exact_match", target, prediction, language) == exact
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction", "f1"),
+    [
+        ("police killed the gunman", "police kill the gunman", 75),  # two examples of Lin 2004
+        ("police killed the gunman", "the gunman kill police", 50),
+        ("The Cat-sat!", "the cat sat", 100),
+        ("a b c d", "a c b d e", 100 * 2 * 3 / 9),
+        (["x", "b c"], "b c", 100),
+        ("", "", 100),
+        ("", "x", 0),
+        ("पुलिस ने मारा", "पुलिस मारा", 80),
+        ("東京都", "東都", 80),
+    ],
+)
+def test_rouge_l_is_of_words_in_order_in_any_script(target, prediction, f1):
+    assert value("rouge_l", target, prediction, None) == pytest.approx(f1)
+
+
+def test_the_longest_common_subsequence_is_that_of_trying_all():
+    draw = random.Random(0)
+    for _ in range(200):
+        one, other = ([draw.choice("abc") for _ in range(draw.randrange(7))] for _ in range(2))
+
+        def all_of(words):
+            return {c for n in range(len(words) + 1) for c in itertools.combinations(words, n)}
+
+        longest = max(map(len, all_of(one) & all_of(other)))
+        assert metrics._common_subsequence(one, other) == longest
 
 
 def test_span_f1_pools_counts_over_examples():
@@ -143,6 +176,10 @@ def test_correlations_are_those_of_the_formulas():
     expected = np.corrcoef([1, 2.5, 4], [2, 1, 5.5])[0, 1]
     assert metrics.get("pearson")(numbers, guesses).value == pytest.approx(100 * expected)
     assert metrics.get("pearson")(numbers, ["3"] * 3).value == 0
+    # 3.7 times three, by three, is another number.
+    for targets in (["3.7"] * len(numbers), numbers):
+        score = metrics.get("pearson")(targets, ["3.7"] * len(numbers))
+        assert score.value == 0 and not any(score.per_example)
     # What is no number is neither above nor below the others.
     some = metrics.get("pearson")(["1", "2", "3"], ["1", "two", "5"])
     assert some.value == pytest.approx(100) and some.per_example[1] == 0
