@@ -43,11 +43,18 @@ class Example(dict[str, Any]):
       task: whose it is.
       index: its place in the split.
       too_long: those of "inputs" and "targets" that were trimmed.
+      raw: all of it as SeqIO gives it to a `postprocess_fn`: tokens, and text as bytes.
     """
 
-    def __init__(self, task: str, index: int, too_long: Sequence[str]):
+    def __init__(
+        self,
+        task: str,
+        index: int,
+        too_long: Sequence[str],
+        raw: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
-        self.task, self.index, self.too_long = task, index, too_long
+        self.task, self.index, self.too_long, self.raw = task, index, too_long, dict(raw or {})
 
 
 def train_iterator(
@@ -301,7 +308,8 @@ def _readable(ds: tf.data.Dataset) -> Iterator[Any]:
 def _example(task: str, index: int, ex: Mapping[str, Any]) -> Example:
     flags = int(ex[DATASET_KEY][0]) & ((1 << FLAG_BITS) - 1)
     kinds = (("inputs", INPUTS_TOO_LONG), ("targets", TARGETS_TOO_LONG))
-    out = Example(task, index, [kind for kind, flag in kinds if flags & flag])
+    raw = {name: value for name, value in ex.items() if name != DATASET_KEY}
+    out = Example(task, index, [kind for kind, flag in kinds if flags & flag], raw)
     features = seqio.TaskRegistry.get(task).output_features
     for name, value in ex.items():
         if name not in features:

@@ -61,7 +61,8 @@ def add_task(
       metric_names: what evaluation computes for this task, one of `modjax.evaluation.metrics.METRICS` at least.
       choices: the possible answers, or the name of an example's field that lists them: a model that
         writes then takes the most probable one instead (rank classification).
-      postprocess_fn: SeqIO's, `fn(text, example=..., is_target=...)`.
+      postprocess_fn: SeqIO's, `fn(text, example=..., is_target=...)`; the example is as in SeqIO, tokens as arrays and
+        text as bytes. It makes text of a prediction, and text or a list of texts of a target.
       empty_targets: whether an example whose targets hold nothing but the end of sequence is an
         error when it is read (a ValueError out of the iterator, naming the task) or a lesson.
       **kwargs: for `seqio.TaskRegistry.add`, as `shuffle_buffer_size`; or `metric_fns`, of SeqIO's

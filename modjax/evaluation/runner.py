@@ -305,8 +305,8 @@ def _texts(
     targets, predictions = [], []
     for text, decoded in zip(texts, answers, strict=True):
         pair = (
-            task.postprocess_fn(text["targets_pretokenized"], example=text, is_target=True),
-            task.postprocess_fn(decoded, example=text, is_target=False),
+            task.postprocess_fn(text["targets_pretokenized"], example=text.raw, is_target=True),
+            task.postprocess_fn(decoded, example=text.raw, is_target=False),
         )
         for what, value in zip(("target", "prediction"), pair, strict=True):
             several = what == "target" and isinstance(value, list | tuple)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import seqio
 
-from modjax.data import registry
+from modjax.data import carry, registry
 from modjax.data.sources import ExamplesSource
 from modjax.evaluation import predict, results, runner
 from modjax.features import FeatureSpace, UnknownFeatureError
@@ -63,6 +63,40 @@ def mixture():
     yield
     for name in ("run_all", *data):
         registry.remove(name)
+
+
+def test_postprocessing_sees_an_example_as_seqio_shows_it():
+    """What `seqio.Evaluator` passes: each example of the dataset as numpy."""
+    seen = []
+
+    def keep(text, example, is_target):
+        seen.append((text, example, is_target))
+        return text
+
+    name = "run_seen_en"
+    registry.add_task(
+        name,
+        ExamplesSource({"test": [{"inputs": "ab", "targets": "c", "id": "7", "n": 3}]}),
+        [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        FEATURES,
+        metadata={"task": "copy", "language": "en"},
+        metric_names=("exact_match",),
+        postprocess_fn=keep,
+    )
+    try:
+        found = runner.read(name, "test", SPACE, task_feature_lengths=LENGTHS)
+        runner._texts(name, found.texts, ["d"])
+        dataset = seqio.TaskRegistry.get(name).get_dataset(LENGTHS, "test", shuffle=False)
+        (expected,) = dataset.as_numpy_iterator()
+    finally:
+        registry.remove(name)
+    assert [(text, is_target) for text, _, is_target in seen] == [("c", True), ("d", False)]
+    del expected[carry.DATASET_KEY]
+    for _, example, _ in seen:
+        assert set(example) == set(expected) >= {"inputs", "targets", "targets_pretokenized", "id"}
+        for field, value in expected.items():
+            np.testing.assert_array_equal(example[field], value)
+            assert type(example[field]) is type(value)
 
 
 @pytest.fixture(scope="module")
