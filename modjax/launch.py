@@ -58,6 +58,8 @@ class Flags:
       coordinator_address, process_count, process_index: of a multi-host job, None where they are
         to be found, see `modjax.processes`.
       compilation_cache: a folder for compiled programs, see `modjax.compilation_cache`.
+      cache_dirs: where SeqIO looks for cached tasks, besides its usual places.
+      tfds_data_dir: where TensorFlow Datasets lie.
     """
 
     gin_files: tuple[str, ...]
@@ -67,11 +69,13 @@ class Flags:
     process_count: int | None = None
     process_index: int | None = None
     compilation_cache: str | None = None
+    cache_dirs: tuple[str, ...] = ()
+    tfds_data_dir: str | None = None
 
 
 def parse_flags(argv: Sequence[str], description: str) -> Flags:
-    """Reads --gin_file=F (repeated), --gin.NAME=VALUE, --gin_search_paths=A,B, --profile, --compilation_cache=F
-    and the flags of multi-host jobs.
+    """Reads --gin_file=F (repeated), --gin.NAME=VALUE, --gin_search_paths=A,B, --profile, --compilation_cache=F,
+    --seqio_additional_cache_dirs=A,B, --tfds_data_dir=F and the flags of multi-host jobs.
 
     Raises:
       ConfigError: an unknown flag.
@@ -82,6 +86,8 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
     parser.add_argument("--coordinator_address", help="HOST:PORT of process 0")
     parser.add_argument("--process_count", type=int, help="1: run alone")
     parser.add_argument("--process_index", type=int, help="from 0")
+    parser.add_argument("--seqio_additional_cache_dirs", default="", help="folders, by commas")
+    parser.add_argument("--tfds_data_dir", help="of TensorFlow Datasets")
     parser.add_argument("--compilation_cache", help="folder of compiled programs, or off")
     parser.add_argument("--profile", action="store_true", help="a trace in MODEL_DIR/profile")
     parser.add_argument("--traceback", action="store_true", help="where a mistake was found")
@@ -106,6 +112,8 @@ def parse_flags(argv: Sequence[str], description: str) -> Flags:
         args.process_count,
         args.process_index,
         args.compilation_cache,
+        tuple(path for path in args.seqio_additional_cache_dirs.split(",") if path),
+        args.tfds_data_dir,
     )
 
 
@@ -140,6 +148,7 @@ def run(
             raise ConfigError("--profile is a flag of train.py, which traces steps of training")
         start_processes(flags)
         compilation_cache.enable(flags.compilation_cache)
+        _find_data(flags)
         load_gin(flags, entry)
         bindings = list(_bindings(flags))
         for other in instead:
@@ -158,6 +167,21 @@ def run(
         print(f"error: {mistakes.tell(error, bindings, function.__name__)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _find_data(flags: Flags) -> None:
+    """Tells SeqIO where cached tasks and TensorFlow Datasets lie."""
+    if not (flags.cache_dirs or flags.tfds_data_dir):
+        return
+    import seqio
+
+    for folder in flags.cache_dirs:
+        if not os.path.isdir(folder) and "://" not in folder:
+            raise ConfigError(f"--seqio_additional_cache_dirs: there is no folder {folder!r}")
+    if flags.cache_dirs:
+        seqio.add_global_cache_dirs(list(flags.cache_dirs))
+    if flags.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(flags.tfds_data_dir)
 
 
 def start_processes(flags: Flags) -> None:

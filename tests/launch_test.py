@@ -73,6 +73,13 @@ def test_a_file_that_a_later_one_undoes_is_named():
 def test_every_base_and_every_run_parses():
     for path in sorted((launch.CONFIGS / "bases").glob("*.gin")):
         load(f"--gin_file=bases/{path.name}", METHOD, RUN, *SET)
+    pretraining = [path.name for path in (launch.CONFIGS / "runs").glob("*pretrain*.gin")]
+    assert len(pretraining) == 3
+    for name in pretraining:
+        more = "--gin.INITIAL_CHECKPOINT_PATH='c'"  # what the bytes' run begins with
+        load(BASE, METHOD, f"--gin_file=runs/{name}", *SET, more)
+    demo = (f"--gin_file={name}" for name in ("bases/folder.gin", "methods/flix.gin", "demo.gin"))
+    load(*demo, "--gin.MODEL_DIR='d'")
 
 
 def test_bindings_win_over_files_and_may_name_what_no_file_names():
@@ -239,3 +246,18 @@ train.train.log_period = 1
         "optimizers.Optimizer.clip_norm = 1.0, was None",
     ]
     assert not launch.changed_settings(before, before)
+
+
+def test_seqio_is_told_where_cached_tasks_and_datasets_lie(tmp_path, monkeypatch):
+    import seqio
+
+    told = []
+    monkeypatch.setattr(seqio, "add_global_cache_dirs", told.append)
+    monkeypatch.setattr(seqio, "set_tfds_data_dir_override", told.append)
+    flags = [f"--seqio_additional_cache_dirs=gs://bucket/a,{tmp_path}", "--tfds_data_dir=/data"]
+    launch._find_data(launch.parse_flags(flags, "test"))
+    assert told == [["gs://bucket/a", str(tmp_path)], "/data"]
+    launch._find_data(launch.parse_flags([], "test"))
+    assert len(told) == 2
+    with pytest.raises(launch.ConfigError, match="there is no folder '/nowhere'"):
+        launch._find_data(launch.parse_flags(["--seqio_additional_cache_dirs=/nowhere"], "test"))
