@@ -5,6 +5,7 @@ So does an average of modules (arXiv 2211.03831, 2205.12410), whose result is as
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from modjax.adapters.rules import Mixture, Rule
 from modjax.adapters.scale import Scale
 from modjax.adapters.trees import Tree, banks, from_places, place_of, routers, within
 from modjax.errors import nearest
+from modjax.features import FeatureSpace, as_values
 
 
 def compose(
@@ -44,12 +46,8 @@ def compose(
     """
     known = {k: v for k, v in features.items() if v is not None}
     if adapted.space is not None:
-        for feature in known:
-            if feature not in (*adapted.space.names, DATASET):
-                raise ValueError(
-                    f"Unknown feature {feature!r}."
-                    + nearest(feature, (*adapted.space.names, DATASET))
-                )
+        for feature, value in known.items():
+            _check_known(feature, value, adapted.space)
     logits = routers(adapters, adapted)
     composed: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
     for (path, mixture_name), bank in banks(adapters, adapted).items():
@@ -81,6 +79,19 @@ def compose(
         for (i, module), at in sorted(paths.items(), key=lambda item: item[0][0])
     )
     return Adapted(adapted.network, rules, streams=adapted.streams), from_places(places)
+
+
+def _check_known(feature: str, value: Any, space: FeatureSpace) -> None:
+    """Raises ValueError where a space lacks a feature, or a value of it."""
+    if feature not in (*space.names, DATASET):
+        raise ValueError(
+            f"Unknown feature {feature!r}." + nearest(feature, (*space.names, DATASET))
+        )
+    for name in as_values(tuple(value) if isinstance(value, Mapping) else value, feature):
+        if feature == DATASET:
+            space.dataset_id(name)
+        else:
+            space.id(feature, name)
 
 
 def _per_layer(

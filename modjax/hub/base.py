@@ -251,8 +251,8 @@ def open_base(
 
 
 def is_base(path: str | os.PathLike[str]) -> bool:
-    """Whether a path looks like a base, whole or not: a folder with a config.json."""
-    return (Path(path) / "config.json").is_file()
+    """Whether a path looks like a base, whole or not: a folder with a config.json, or a T5X checkpoint."""
+    return (Path(path) / "config.json").is_file() or t5x_files.is_checkpoint(path)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from modjax.hub import hf_t5
 from modjax.hub.base import Base, is_base, load_base, open_base
 from modjax.hub.errors import HubError, listed
 from modjax.hub.layers import flatten, unstack_layers
-from modjax.hub.t5x_files import is_checkpoint
 
 MODELS = {
     "t5": models.EncoderDecoderModel,
@@ -105,7 +104,7 @@ class Run:
             return {}
         assert adapted.space is not None
         for name, values in features.items():
-            for value in (values,) if isinstance(values, str) else values:
+            for value in (values,) if isinstance(values, str) else values or ():
                 if name == "dataset":
                     adapted.space.dataset_id(value)
                 else:
@@ -148,7 +147,7 @@ def open_run(run: str | os.PathLike[str], base: str | os.PathLike[str] | None = 
     where = checkpoints.locate(run)
     metadata = checkpoints.read_metadata(where)
     folder = Path(_base_of(metadata, where) if base is None else base)
-    if base is None and not (is_base(folder) or is_checkpoint(folder)):
+    if base is None and not is_base(folder):
         raise HubError(
             f"{where} was trained on the base {folder}, which is not here: say where it is (--base FOLDER)."
         )

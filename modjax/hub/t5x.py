@@ -27,7 +27,7 @@ from modjax.hub.layers import flatten, unflatten
 from modjax.hub.run import open_run
 from modjax.hub.safetensors_io import TensorFiles, float_dtype
 from modjax.hub.sources import Source
-from modjax.hub.t5x_files import PREFIX, STATE, Tensor, is_checkpoint, locate, read_headers
+from modjax.hub.t5x_files import PREFIX, STATE, Tensor, locate, read_headers
 
 SPACE_FILE = "feature_space.json"
 _STACKED = re.compile(r"(encoder|decoder)/(encoder|decoder|layers)/(.+)")
@@ -168,7 +168,7 @@ def export_t5x(
       HubError: the checkpoint is there already, or the base is not.
       CheckpointError: there is no run's checkpoint, or `base` is not what it was trained on.
     """
-    if is_base(source) or is_checkpoint(source):
+    if is_base(source):
         params = load_base(source, dtype=dtype, scan_layers=scan_layers)[1]
         return save_checkpoint(destination, params, step or 0, force=force)
     params, metadata, own_step = checkpoints.load_trained(source)

@@ -91,7 +91,7 @@ def test_values_are_mixed_by_weights(flix):
 def test_compositions_that_mean_nothing_are_refused(flix):
     model, params = flix
     added, _ = adapters.split(params, model.module)
-    with pytest.raises(ValueError, match="Unknown value 'sv' of feature 'language'"):
+    with pytest.raises(ValueError, match="unknown value 'sv' of feature 'language'"):
         adapters.compose(model.module, added, language="sv")
     for base in ({"kernel": jnp.ones(2)}, {"query": {"kernel": jnp.ones(2)}}):
         with pytest.raises(ValueError, match="kernel' is no adapter's parameter.* Known: flix"):
@@ -202,6 +202,10 @@ def test_a_misspelt_feature_is_refused_by_every_router(make_t5, batch, space):
         added, _ = adapters.split(shapes, model.module)
         with pytest.raises(ValueError, match="Unknown feature 'langauge'. Did you mean 'language'"):
             adapters.compose(model.module, added, langauge="sw")
+        with pytest.raises(ValueError, match="unknown value 'swa' of .* Did you mean 'sw'"):
+            adapters.compose(model.module, added, language="swa")
+        with pytest.raises(ValueError, match="Unknown dataset 'zz'"):
+            adapters.compose(model.module, added, dataset="zz")
 
 
 def test_adapter_axes_are_those_of_the_kernels_they_adapt(flix, batch):

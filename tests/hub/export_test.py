@@ -151,6 +151,13 @@ def test_flix_is_the_lora_of_the_active_pairs(base, tmp_path):
     assert set(tensors) == {
         f"{PREFIX}{theirs}.lora_{side}.weight" for theirs in places.values() for side in "AB"
     }
+    # A feature that is None, as metadata may say, is off as one that is left out.
+    export_peft(tmp_path / "run", tmp_path / "none", {**SW, "language": None})
+    export_peft(tmp_path / "run", tmp_path / "out_of", {"task": SW["task"]})
+    off = written(tmp_path / "none")
+    for name, value in written(tmp_path / "out_of").items():
+        np.testing.assert_array_equal(off[name], value)
+        assert 3 in value.shape
     # parse is the first of two tasks, sw the second of three languages.
     columns = np.array([0, 1, 2, 8, 9])
     scale = np.array([2, 2, 2, 0.5, 0.5], np.float32)[:, None]
