@@ -164,9 +164,16 @@ def train(
     tokenizer = vocabularies.of_base(base)
     for task in registry.tasks_of(mixture_or_task_name):
         checks.check_vocabularies(task, model, tokenizer)
+    errors.check_integer("train.eval_steps", eval_steps, least=0)
+    errors.check_integer("train.eval_period", eval_period, least=0)
+    eval_space, eval_tasks = space, []
     if eval_steps:
-        for task in registry.tasks_of(eval_mixture or mixture_or_task_name):
+        eval_tasks = registry.tasks_of(eval_mixture or mixture_or_task_name)
+        for task in eval_tasks:
             registry.check_has(task, (eval_split,))
+            checks.check_vocabularies(task, model, tokenizer)
+        eval_space = registry.with_room(space, eval_tasks)
+        converters.KeyTable(eval_tasks, eval_space, "none")  # whose features cannot be used
     names = () if model.adapted is None else model.adapted.names
 
     # The frozen part comes from the base and is identified by its values; the trained part is fresh
@@ -204,7 +211,8 @@ def train(
     if own and stored is not None and "before" in stored:
         before = stored["before"]  # the checkpoint that this run started from may be gone
     elif initial_checkpoint_path and not start.collapse:
-        before = checkpoints.read_metadata(initial_checkpoint_path)["method"]
+        earlier = checkpoints.read_metadata(initial_checkpoint_path)
+        before = {name: earlier[name] for name in ("method", "trained")}
     metadata["before"] = before
     rates = initialize.factors(layout, start, metadata["method"], before)
     layout = dataclasses.replace(layout, rates=rates)
@@ -220,6 +228,7 @@ def train(
         layout.rates,
         layout.lazy,
         partitioner.all_rules,
+        model.with_space(eval_space),
     )
     state = trainer.init_state(trained, random_seed)
     frozen = partitioning.place(frozen, trainer.frozen_sharding)
@@ -298,13 +307,13 @@ def train(
         checkpointer.save(step, state, iterator)
 
     def evaluate(step: int, state: TrainState) -> None:
-        for task in registry.tasks_of(eval_mixture or mixture_or_task_name):
+        for task in eval_tasks:
             batches = _eval_batches(
                 pipeline,
                 task,
                 eval_split,
                 model,
-                space,
+                eval_space,
                 task_feature_lengths,
                 batch_size,
                 shares[jax.process_index()],

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from modjax import checkpoints, launch
+from modjax import checkpoints, errors, launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,14 @@ class Protocol:
                 raise ValueError(
                     f"Protocol.{name} must be an integer of at least 1, got {value!r}."
                 )
-        if not self.seeds:
-            raise ValueError("Protocol.seeds is empty: give at least one seed.")
+        if not isinstance(self.seeds, Sequence) or not self.seeds:
+            raise ValueError(
+                f"Protocol.seeds must list at least one seed, as (0, 1, 2), got {self.seeds!r}."
+            )
+        for seed in self.seeds:
+            errors.check_integer("Protocol.seeds: each", seed, least=0)
+        if self.validation_examples is not None:
+            errors.check_integer("Protocol.validation_examples", self.validation_examples)
         if len(set(self.splits())) != 3:
             raise ValueError(
                 f"Protocol: training, selection and test need three splits, got {self.splits()}."
@@ -184,7 +190,8 @@ def _mixture(registry: Any, name: str, copies: Mapping[str, str]) -> str:
     """The task or mixture of the copies of all tasks of one."""
     if list(copies) == [name]:
         return copies[name]
-    own = f"{name}_{'_'.join(next(iter(copies.values())).rsplit('_', 2)[1:])}"
+    task, copy = next(iter(copies.items()))
+    own = name + copy.removeprefix(task)  # what tells one draw of shots from another
     if registry.origin_of(own) == own:
         registry.add_mixture_copy(name, own, copies)
     return own

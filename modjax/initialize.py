@@ -142,7 +142,7 @@ def factors(
       layout: of the run.
       start: how it started.
       method: its `describe_method`.
-      before: that of the checkpoint it started from, or None.
+      before: `{"method": ..., "trained": ...}` of the metadata of the checkpoint it started from, or None.
 
     Raises:
       ValueError: nothing would train, or fresh modules would stay fresh.
@@ -153,9 +153,11 @@ def factors(
             "modules with learning_rate 0 would stay as they are initialised, at nothing: start them from an "
             "INITIAL_CHECKPOINT_PATH"
         )
-    if start.freeze_known:
-        for path, factor in adapters.known_rates(layout.trained, before or {}, method).items():
-            found[path] = found.get(path, 1.0) * factor
+    if start.freeze_known and before is not None:
+        anew = _heads_of(layout.trained) != _heads_of(before["trained"])
+        for path, factor in adapters.known_rates(layout.trained, before["method"], method).items():
+            if not (anew and is_head(path)):
+                found[path] = found.get(path, 1.0) * factor
     if adapters.count_moving(layout.trained, found) == 0:
         raise ValueError(
             "nothing would train: every parameter has learning rate 0"
@@ -371,7 +373,8 @@ def start_from(
     provenance.check_same("base", stored["base"], metadata["base"], where)
     if start.collapse:
         return _collapsed(where, fresh, stored, model)
-    provenance.check_same("method", _no_bank(stored["method"]), _no_bank(metadata["method"]), where)
+    theirs, own_method = (_no_bank(adapters.of_evaluation(x["method"])) for x in (stored, metadata))
+    provenance.check_same("method", theirs, own_method, where)
     old, _, _ = checkpoints.load_trained(where)
     old, heads = _parted(old)
     own, own_heads = _parted(fresh)
@@ -413,10 +416,16 @@ def _parted(tree: Tree) -> tuple[Tree, Tree]:
     return traverse_util.unflatten_dict(rest, sep="/"), traverse_util.unflatten_dict(heads, sep="/")
 
 
+def _heads_of(trained: Tree) -> dict[str, str]:
+    """{path: shape} of a task's head, in a tree or as a checkpoint's metadata describes one."""
+    flat = traverse_util.flatten_dict(dict(trained), sep="/")
+    shapes = {p: x if isinstance(x, str) else str(list(x.shape)) for p, x in flat.items()}
+    return {path: shape[shape.index("[") :] for path, shape in shapes.items() if is_head(path)}
+
+
 def _carried(heads: Tree, own: Tree, where: Any) -> Tree:
     """A checkpoint's head for a run, or the run's own where that has another form."""
-    shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (heads, own)]
-    if shapes[0] == shapes[1]:
+    if _heads_of(heads) == _heads_of(own):
         return heads
     print(f"the head of {where} has another form than this run's, which starts anew")
     return own
@@ -489,7 +498,8 @@ def restore(
     space = FeatureSpace.from_json(metadata["space"])
     model = model.with_space(space)
     method = adapters.describe_method(model.adapted) if model.adapted else "full"
-    provenance.check_same("method", metadata["method"], method, where)
+    theirs, own = map(adapters.of_evaluation, (metadata["method"], method))
+    provenance.check_same("method", theirs, own, where)
     batch = model.example_batch({"inputs": 1, "targets": 1}, space)  # any lengths will do
     flat = traverse_util.flatten_dict(variable_shapes(model, batch)["params"], sep="/")
     kept = {path: leaf for path, leaf in flat.items() if path not in metadata["trained"]}

@@ -157,6 +157,8 @@ class Trainer:
         shapes; where a factor is 0, the parameter is frozen.
       lazy: parameters whose modules rest in a step that does not use them, see `modjax.resting`.
       rules: what the names of `axes`, and those of activations, mean on the mesh.
+      eval_model: the model bound to the feature space of the batches that are evaluated, if that has room for more
+        values at once.
     """
 
     def __init__(
@@ -171,8 +173,10 @@ class Trainer:
         rates: Mapping[str, Any] | None = None,
         lazy: Mapping[str, Any] | None = None,
         rules: partitioning.Rules = partitioning.RULES,
+        eval_model: Model | None = None,
     ):
         self.mesh = mesh
+        evaluated = model if eval_model is None else eval_model
         self.microbatches = microbatches
         self._programs: dict[Any, profiling.Program] = {}
         self.transform = optimizer.build(trained, lazy)
@@ -202,7 +206,7 @@ class Trainer:
 
         def evaluate(trained: Any, frozen: Any, batch: Batch) -> Sums:
             with partitioning.in_force(mesh, rules):
-                return model.loss_sums(optimizers.combine(trained, frozen), batch, None)[1]
+                return evaluated.loss_sums(optimizers.combine(trained, frozen), batch, None)[1]
 
         self.train_step = jax.jit(
             step,

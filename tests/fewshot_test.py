@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from modjax import adapters, checkpoints, fewshot, initialize, launch
-from modjax.data import pipeline, shots
+from modjax.data import pipeline, registry, shots
 from modjax.features import FeatureSpace
 
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
@@ -322,8 +322,13 @@ def test_impossible_protocols_are_refused(many, tmp_path):
         fewshot.Protocol(shots=0)
     with pytest.raises(ValueError, match="need three splits"):
         fewshot.Protocol(validation_split="test")
-    with pytest.raises(ValueError, match="is empty"):
-        fewshot.Protocol(seeds=())
+    for seeds in ((), 3):
+        with pytest.raises(ValueError, match="Protocol.seeds must list at least one seed"):
+            fewshot.Protocol(seeds=seeds)
+    with pytest.raises(ValueError, match="Protocol.seeds: each must be an integer"):
+        fewshot.Protocol(seeds=("0",))
+    with pytest.raises(ValueError, match="Protocol.validation_examples must be an integer of at l"):
+        fewshot.Protocol(validation_examples=0)
 
 
 def test_options_that_would_do_nothing_are_refused(many, tmp_path):
@@ -340,11 +345,48 @@ def test_what_is_frozen_is_counted_as_frozen_and_keeps_the_methods_own_rates(gro
     tree, old, new = grown
     rates = {"flix/a": np.full((8,), 0.5, np.float32)}
     layout = initialize.Layout(tree, {}, {}, rates)
-    found = initialize.factors(layout, initialize.Start(freeze_known=True), new, old)
+    before = {"method": old, "trained": {}}
+    found = initialize.factors(layout, initialize.Start(freeze_known=True), new, before)
     assert found["flix/a"].ravel().tolist() == [0, 0, 0, 0, 0, 0, 0.5, 0.5]
     assert adapters.count_moving(tree, found) == 2 * (4 + 5)
     with pytest.raises(ValueError, match="nothing would train.* the checkpoint knows them all"):
-        initialize.factors(layout, initialize.Start(freeze_known=True), new, new)
+        before["method"] = new
+        initialize.factors(layout, initialize.Start(freeze_known=True), new, before)
+
+
+def test_freezing_what_is_known_freezes_a_head_that_was_carried_over_and_no_new_one(grown):
+    tree, old, new = grown
+    head, of_base = "classifier/logits_dense/kernel", "encoder/layers_0/norm/scale"
+    parts = {**tree, "classifier": {"logits_dense": {"kernel": np.ones((4, 3))}}}
+    parts["encoder"] = {"layers_0": {"norm": {"scale": np.ones(4)}}}
+    layout, start = initialize.Layout(parts, {}, {}), initialize.Start(freeze_known=True)
+    for shape, factor in (("float32[4, 3]", 0.0), ("float32[4, 2]", 1.0)):
+        before = {"method": old, "trained": {head: shape, of_base: "float32[4]"}}
+        found = initialize.factors(layout, start, new, before)
+        assert found.get(head, 1.0) == factor and found[of_base] == 0.0
+
+
+def test_each_draw_of_shots_of_a_mixture_is_a_mixture_of_its_own():
+    import toy_tasks  # noqa: F401
+
+    found = {}
+    for count, split in ((4, "validation"), (8, "validation"), (4, "train")):
+        copies = {
+            task: shots.few_shot_task(task, count, 0, split)
+            for task in registry.tasks_of("toy_turn")
+        }
+        name = fewshot._mixture(registry, "toy_turn", copies)
+        assert registry.tasks_of(name) == sorted(copies.values())
+        assert name == fewshot._mixture(registry, "toy_turn", copies)
+        found[count, split] = name
+    assert len(set(found.values())) == 3
+
+
+def test_a_mixture_is_adapted_to_as_one(many, tmp_path):
+    rows, _ = few_shot(many, tmp_path, "poly_z", *SMALL, "MIXTURE_OR_TASK_NAME = 'toy_turn'")
+    assert {(row["task"], row["language"]) for row in rows} == {("turn", "en"), ("turn", "sw")}
+    copies = [f"toy_turn_{language}_8shots_5" for language in ("en", "sw")]
+    assert registry.tasks_of("toy_turn_8shots_5") == copies
 
 
 def test_flix_adapts_to_a_new_language_from_the_mean_of_others_with_the_rest_frozen(many, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from flax import traverse_util
 
 from modjax import adapters, checkpoints, hub, initialize, launch, loop, models
-from modjax.data import pipeline, seqio
+from modjax.data import pipeline, registry, seqio, sources
 from modjax.data.vocabularies import vocabulary_of
 from modjax.features import FeatureSpace
 from modjax.networks import t5
@@ -233,6 +233,86 @@ def test_a_trained_model_is_restored_for_evaluation(adapted, pretrained):
         initialize.restore(model, folder, base)
     with pytest.raises(checkpoints.CheckpointError, match="another method"):
         initialize.restore(models.EncoderDecoderModel(network), folder, base)
+
+
+def test_what_only_training_draws_need_not_be_repeated(adapted, pretrained, tmp_path):
+    """Trained with features dropped at 0.3: evaluated, and gone on from, without; not resumed."""
+    folder, trained, options = adapted
+    overrides, base = hub.load_base(pretrained[0] / "base")
+    rule = adapters.Rule(
+        ".*/(query|key|value|out|wi|wi_0|wi_1|wo)",
+        adapters.Mixture("flix", adapters.LowRank(4, dropout=0.1), adapters.Features()),
+    )
+    network = adapters.Adapted(t5.Transformer(t5.T5Config(**overrides)), (rule,))
+    _, params, _, _ = initialize.restore(models.EncoderDecoderModel(network), folder, base)
+    for path, value in trained.items():
+        np.testing.assert_array_equal(flat(params)[path], value)
+    options = options | {"FEATURE_DROPOUT": 0.0, "TRAIN_STEPS": 9}
+    with pytest.raises(checkpoints.CheckpointError, match="router/dropout: 0.3 in the checkpoint"):
+        train(*FLIX, MODEL_DIR=folder, **options)
+    options |= {"INITIAL_CHECKPOINT_PATH": folder, "LEARNING_RATE": 0.0, "TRAIN_STEPS": 1}
+    for path, value in train(*FLIX, MODEL_DIR=tmp_path, **options).items():
+        np.testing.assert_array_equal(value, trained[path])
+
+
+@pytest.fixture
+def several():
+    """A task that names both languages at once, and one without metadata."""
+    import toy_tasks  # noqa: F401
+
+    whole = seqio.TaskRegistry.get("toy_copy_en")
+    rows = {"validation": [{"inputs": "copy abc", "targets": "abc"}] * 3}
+    features = {name: whole.output_features[name] for name in ("inputs", "targets")}
+    steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
+    both = {"task": "copy", "language": ["en", "sw"]}
+    for name, metadata in (("toy_both", both), ("toy_bare", None)):
+        registry.add_task(name, sources.ExamplesSource(rows), steps, features, metadata=metadata)
+    yield
+    for name in ("toy_both", "toy_bare"):
+        registry.remove(name)
+
+
+def test_validation_may_have_more_values_at_once_than_training(adapted, tmp_path, several):
+    """Its loss is that of the model that the checkpoint gives with both languages on."""
+    folder, trained, options = adapted
+    options = options | {"INITIAL_CHECKPOINT_PATH": folder, "LEARNING_RATE": 0.0, "TRAIN_STEPS": 1}
+    options |= {"EVAL_STEPS": 1, "EVAL_PERIOD": 1, "train__train__eval_mixture": "toy_both"}
+    train(*FLIX, MODEL_DIR=tmp_path, **options)
+    (row,) = lines(tmp_path / "training_eval" / "toy_both" / "metrics.jsonl")
+    network = adapters.Adapted(
+        t5.Transformer(hub.config_of(options["BASE"])),
+        adapters.rules_of(checkpoints.read_metadata(folder)["method"]),
+    )
+    model, params, _, _ = initialize.restore(
+        models.EncoderDecoderModel(network), folder, hub.load_base(options["BASE"])[1]
+    )
+    space = registry.with_room(model.adapted.space, "toy_both")
+    assert space.slot_features == ("task", "language", "language")
+    batches = pipeline.eval_batches(
+        "toy_both", "validation", space, task_feature_lengths=LENGTHS, batch_size=8
+    )
+    batch, _ = next(batches)
+    assert (batch["features"][:3] == [1, 1, 2]).all()
+    del batch["valid"]
+    _, sums = model.with_space(space).loss_sums(params, batch, None)
+    np.testing.assert_allclose(row["loss"], sums["loss"] / sums["weight"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("macros", "message"),
+    [
+        ({"train__train__eval_mixture": "toy_bare"}, "task 'toy_bare' has no metadata"),
+        ({"EVAL_STEPS": -1}, "train.eval_steps must be an integer of at least 0, got -1"),
+        ({"EVAL_PERIOD": "2"}, "train.eval_period must be an integer of at least 0, got '2'"),
+    ],
+)
+def test_a_validation_that_cannot_be_is_refused_at_the_start(
+    adapted, tmp_path, several, macros, message
+):
+    options = adapted[2] | {"EVAL_STEPS": 1, "EVAL_PERIOD": 1, "TRAIN_STEPS": 1} | macros
+    with pytest.raises(ValueError, match=message):
+        train(*FLIX, MODEL_DIR=tmp_path, **options)
+    assert not checkpoints.steps(tmp_path)
 
 
 @pytest.mark.parametrize(

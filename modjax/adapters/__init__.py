@@ -10,6 +10,7 @@ from modjax.adapters.extend import fill as fill
 from modjax.adapters.extend import known_rates as known_rates
 from modjax.adapters.low_rank import LowRank as LowRank
 from modjax.adapters.method import describe_method as describe_method
+from modjax.adapters.method import of_evaluation as of_evaluation
 from modjax.adapters.method import rules_of as rules_of
 from modjax.adapters.routers import Features as Features
 from modjax.adapters.routers import Single as Single

@@ -135,13 +135,14 @@ def fill(
 def known_rates(
     tree: Tree, old_method: Mapping[str, Any], method: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """{path: factors on the updates}: 0 for what a checkpoint had already, 1 for what is new to this run."""
+    """{path: factors on the updates}: 0 for what a checkpoint had already, 1 for what is new to this run.
+
+    What is no adapter's, a head or a part of the base that trains, counts as known.
+    """
     rates = {}
     for path, leaf in flatten_dict(tree, sep="/").items():
         division, known = _division(path, leaf, method), _known(path, old_method)
-        if division is None:
-            continue
-        axis, parts = division
+        axis, parts = division or (None, ())
         if axis is None:
             rates[path] = np.zeros((), np.float32)
         else:

@@ -11,6 +11,9 @@ from modjax.errors import nearest
 
 # How a product is computed and how fast it is trained, not what it is: a run may go on with another.
 NOT_OF_THE_METHOD = ("form", "learning_rate")
+# How parameters start, and what only training draws: what a trained method computes does not depend on it.
+OF_TRAINING = ("dropout", "relaxed", "temperature", "init_scale", "spread")
+PARTS = ("module", "router")
 
 
 def describe_method(adapted: Adapted) -> dict[str, Any]:
@@ -35,6 +38,18 @@ def describe_method(adapted: Adapted) -> dict[str, Any]:
             }
         )
     return {"rules": rules}
+
+
+def of_evaluation(method: Any) -> Any:
+    """A described method without what only its training depends on."""
+    if not isinstance(method, Mapping):  # "full"
+        return method
+
+    def part(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if name not in OF_TRAINING}
+
+    rules = method["rules"]
+    return {"rules": [{k: part(v) if k in PARTS else v for k, v in r.items()} for r in rules]}
 
 
 def _describe(part: Any) -> dict[str, Any]:
