@@ -1,6 +1,7 @@
 """What our error messages share."""
 
 import difflib
+import math
 import numbers
 from collections.abc import Iterable
 from typing import Any
@@ -22,8 +23,8 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Raises ConfigError unless a setting is a number of at least 0."""
-    if not is_number(value) or not value >= 0:
+    """Raises ConfigError unless a setting is a finite number of at least 0."""
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")
 
 

@@ -148,6 +148,14 @@ class Group:
     optional: bool = False
     name: str = ""
 
+    def __post_init__(self) -> None:
+        numbers = {"multiplier": self.multiplier, "weight_decay": self.weight_decay}
+        if not callable(self.learning_rate):
+            numbers["learning_rate"] = self.learning_rate
+        for name, value in numbers.items():
+            if value is not None or name == "multiplier":
+                errors.check_not_negative(f"Group({self.pattern!r}).{name}", value)
+
 
 def assign(groups: Sequence[Group], paths: Collection[str]) -> dict[str, int]:
     """Gives each path the index of the first group whose pattern matches it.
@@ -234,8 +242,8 @@ class Optimizer:
         transformation without a rate.
       learning_rate: a number or a schedule.
       weight_decay: decoupled decay, multiplied by the learning rate (arXiv 1711.05101).
-      no_decay: regular expression; paths it is found in do not decay: norms, biases and position
-        biases by default.
+      no_decay: regular expression; paths it is found in do not decay: norms, biases, position biases and routers'
+        logits by default.
       clip_norm: gradients of larger global norm over all trained parameters are scaled down to it.
       groups: see `Group`; empty means that the adapters train.
       lazy: modules (and routers' rows) of values that no example of a batch has are left as they are by its step, with
@@ -247,7 +255,7 @@ class Optimizer:
     algorithm: optax.GradientTransformation = dataclasses.field(default_factory=adamw)
     learning_rate: float | Schedule = 1e-3
     weight_decay: float = 0.0
-    no_decay: str = r"(scale|bias|rel_embedding)$"
+    no_decay: str = r"((scale|bias|rel_embedding)|(^|/)logits)$"
     clip_norm: float | None = None
     groups: Sequence[Group] = ()
     lazy: bool = False
@@ -255,6 +263,12 @@ class Optimizer:
     def __post_init__(self) -> None:
         if not callable(self.learning_rate):
             errors.check_not_negative("Optimizer.learning_rate", self.learning_rate)
+        errors.check_not_negative("Optimizer.weight_decay", self.weight_decay)
+        clip = self.clip_norm
+        if clip is not None and (not errors.is_number(clip) or not clip > 0):
+            raise errors.ConfigError(
+                f"Optimizer.clip_norm must be a number above 0, or None for no clipping, got {clip!r}."
+            )
 
     def build(
         self, trained: Params, lazy: Mapping[str, Any] | None = None
@@ -281,10 +295,6 @@ class Optimizer:
         update = resting.still(update, lazy)
         if self.clip_norm is None:
             return update
-        if self.clip_norm <= 0:
-            raise ValueError(
-                f"clip_norm must be above 0, or None for no clipping: {self.clip_norm}"
-            )
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), update)
 
     def rates(self, step: jax.Array, paths: Collection[str]) -> dict[str, jax.Array]:

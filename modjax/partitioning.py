@@ -78,6 +78,8 @@ class Partitioner:
                 f"Partitioner.adapters: unknown {self.adapters!r}."
                 + errors.nearest(self.adapters, ADAPTERS)
             )
+        errors.check_integer("Partitioner.fsdp", self.fsdp)
+        errors.check_integer("Partitioner.model", self.model)
         for rule in self.rules:
             if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
                 raise ValueError(

@@ -12,7 +12,7 @@ import pytest
 
 import eval as eval_entry
 import train as train_entry
-from modjax import checkpoints, hub
+from modjax import checkpoints, hub, launch
 from modjax.hub import tokenizers
 from modjax.networks import decoder, encoder, t5
 from tests.testdata import tokenizer_folders
@@ -105,10 +105,12 @@ def test_flix_on_a_decoder_trains_packed_writes_and_chooses(bases, tmp_path):
     assert losses[-1] < losses[0]
     assert {row["language"] for row in rows} == {"el", "ru", "ko"}
     config = (tmp_path / "copy" / "config.gin").read_text()
+    assert "models.DecoderOnlyModel.eos_id = @eos/launch.token_id()" in config
     described = tokenizers.describe(bases["decoder"])
-    assert (
-        f"models.DecoderOnlyModel.eos_id = {described['eos_id']}" in config or "token_id" in config
-    )
+    for name in ("bos", "eos"):
+        assert launch.token_id(str(bases["decoder"]), name) == described[f"{name}_id"] is not None
+    with pytest.raises(launch.ConfigError, match="has no tokenizer, so its eos token is not known"):
+        launch.token_id(str(tmp_path), "eos")
     predictions = tmp_path / "copy" / "eval" / "predictions" / "kinds_copy_el.jsonl"
     first = json.loads(predictions.read_text().splitlines()[0])
     assert first["input"].startswith("copy ") and isinstance(first["prediction"], str)

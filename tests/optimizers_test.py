@@ -193,8 +193,9 @@ def test_the_rates_that_are_logged_are_those_of_the_trained_groups():
 
 
 def test_clipping_must_be_positive():
-    with pytest.raises(ValueError, match="clip_norm must be above 0"):
-        Optimizer(clip_norm=0.0).build(PARAMS)
+    for clip in (0.0, "1"):
+        with pytest.raises(ValueError, match="clip_norm must be a number above 0"):
+            Optimizer(clip_norm=clip)
 
 
 def test_a_head_trains_with_the_adapters_and_an_optional_group_may_be_empty():
@@ -206,3 +207,27 @@ def test_a_head_trains_with_the_adapters_and_an_optional_group_may_be_empty():
     assert set(optimizers.select(params, groups)[0]) == {"encoder"}
     with pytest.raises(ValueError, match="matches no parameter"):
         optimizers.select(params, [Group("head/.*"), *groups[1:]])
+
+
+def test_routers_logits_do_not_decay_whatever_they_route():
+    still = {"layer": {"ia3": {"logits": jnp.ones((2, 1, 3)), "kernel": jnp.ones(3)}}}
+    update = Optimizer(learning_rate=1.0, weight_decay=0.1).build(still)
+    moved, _ = update.update(jax.tree.map(jnp.zeros_like, still), update.init(still), still)
+    found = moved["layer"]["ia3"]
+    assert not found["logits"].any()
+    np.testing.assert_allclose(found["kernel"], -0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Optimizer(weight_decay="0.1"), "Optimizer.weight_decay must be a number"),
+        (lambda: Optimizer(weight_decay=-1.0), "Optimizer.weight_decay must be a number"),
+        (lambda: Group(".*", multiplier="3"), r"Group\('.*'\).multiplier must be a number"),
+        (lambda: Group(".*", learning_rate=-1.0), r"Group\('.*'\).learning_rate must be"),
+        (lambda: schedule(float("inf")), "schedule.peak must be a number of at least 0, got inf"),
+    ],
+)
+def test_a_rate_that_is_no_number_is_refused_where_it_is_set(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

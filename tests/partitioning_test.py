@@ -86,6 +86,10 @@ def test_devices_that_do_not_divide_are_refused():
     six = [jax.devices()[0]] * 6
     with pytest.raises(ValueError, match="6 devices cannot be .* fsdp=3 times model=4: their prod"):
         partitioning.Partitioner(fsdp=3, model=4).mesh(six)
+    for wrong in ({"fsdp": "2"}, {"model": 1.5}, {"model": 0}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"Partitioner.{name} must be an integer of at least"):
+            partitioning.Partitioner(**wrong)
     with pytest.raises(ValueError, match="fsdp=1 times model=0"):
         partitioning.make_mesh(0)
     with pytest.raises(ValueError, match="fsdp=-1 times model=1"):

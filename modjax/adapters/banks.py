@@ -4,6 +4,7 @@ Legend: `B` batch, `L` tokens, `S` segments, `D`/`K` width in/out, `M` modules, 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def check_positive(where: str, value: Any, integer: bool = False, zero: bool = F
         name = where + (f"[{key!r}]" if key else "")
         if integer and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}.")
-        if not is_number(number) or not (number > 0 or (zero and number == 0)):
+        if not is_number(number) or not (0 < number < math.inf or (zero and number == 0)):
             kind = "positive or 0" if zero else "positive"
             raise ValueError(f"{name} must be {kind}, got {number!r}.")
 

@@ -100,8 +100,11 @@ class Features(WithoutLogits):
         if isinstance(self.dropout, Mapping):
             object.__setattr__(self, "dropout", tuple(sorted(self.dropout.items())))
         rates = [r for _, r in self.dropout] if isinstance(self.dropout, tuple) else [self.dropout]
-        if not all(is_number(r) and 0.0 <= r <= 1.0 for r in rates):
-            raise ValueError(f"Features.dropout must be in [0, 1], got {self.dropout!r}.")
+        if not all(is_number(r) and 0.0 <= r < 1.0 for r in rates):
+            raise ValueError(
+                f"Features.dropout must be in [0, 1), got {self.dropout!r}: at 1 a feature's modules would never "
+                "train; leave it out of Features.features instead."
+            )
         if not isinstance(self.copies, int) or isinstance(self.copies, bool) or self.copies < 1:
             raise ValueError(
                 f"Features.copies must be an integer of at least 1, got {self.copies!r}."

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.adapters.routing import DATASET, Mix, ModuleName, Shares, WithoutLogits
-from modjax.errors import is_number, nearest
+from modjax.errors import check_not_negative, is_number, nearest
 from modjax.features import FeatureSpace
 
 Array = jax.Array
@@ -76,6 +76,7 @@ class Skills:
             raise ValueError(f"Skills.heads must be an integer of at least 1, got {self.heads!r}.")
         if not is_number(self.temperature) or not self.temperature > 0:
             raise ValueError(f"Skills.temperature must be positive, got {self.temperature!r}.")
+        check_not_negative("Skills.spread", self.spread)
         if self.granularity not in GRANULARITIES:
             raise ValueError(
                 f"Skills.granularity: unknown {self.granularity!r}."

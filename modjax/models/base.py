@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from modjax import partitioning, quantization
 from modjax.adapters import Adapted, Mix
-from modjax.errors import nearest
+from modjax.errors import check_not_negative, is_number, nearest
 from modjax.features import FeatureSpace
 from modjax.losses import chunked_cross_entropy, cross_entropy, predicted, symmetric_kl
 
@@ -64,10 +64,10 @@ class Model(abc.ABC):
     PACKS: ClassVar[bool] = True  # whether a row may hold several examples
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
-        if not self.consistency >= 0.0:
-            raise ValueError(f"consistency must be at least 0, got {self.consistency}.")
+        if not is_number(self.label_smoothing) or not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing!r}.")
+        check_not_negative("z_loss", self.z_loss)
+        check_not_negative("consistency", self.consistency)
         if self.loss_chunk is not None:
             self._check_chunk()
         factor = self.loss_normalizing_factor
@@ -75,6 +75,8 @@ class Model(abc.ABC):
             raise ValueError(
                 f"Unknown loss_normalizing_factor {factor!r}." + nearest(factor, NORMALIZERS)
             )
+        if not isinstance(factor, str | None) and not (is_number(factor) and factor > 0):
+            raise ValueError(f"loss_normalizing_factor must be positive, got {factor!r}.")
 
     def _check_chunk(self) -> None:
         chunk = self.loss_chunk

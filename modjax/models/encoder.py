@@ -40,6 +40,11 @@ class EncoderModel(Model):
             raise ValueError(
                 "label_smoothing and z_loss are of classes; this network has one output."
             )
+        if self.num_outputs == 1 and self.consistency:
+            raise ValueError(
+                f"consistency={self.consistency:g} compares the distributions of two passes over classes, and a number "
+                "has none: their divergence is 0, for twice the time. Set --gin.CONSISTENCY=0.0."
+            )
 
     @property
     def num_outputs(self) -> int:
@@ -97,10 +102,6 @@ class EncoderModel(Model):
         return loss, z, predicted(logits[:, None], labels)
 
     def _distance(self, logits: Array, other: Array) -> Array:
-        if self.num_outputs == 1:
-            # Both passes pull on the other, as the two divergences do.
-            stop = jax.lax.stop_gradient
-            return jnp.square(stop(logits) - other) + jnp.square(logits - stop(other))
         return super()._distance(logits[:, None], other[:, None])
 
     def _weights(self, batch: Batch) -> Array:

@@ -154,9 +154,9 @@ def test_an_impossible_number_of_copies_is_refused(copies):
         Features(copies=copies)
 
 
-@pytest.mark.parametrize("dropout", [1.5, "0.1", {"task": "0.1"}])
+@pytest.mark.parametrize("dropout", [1.5, 1.0, "0.1", {"task": "0.1"}, {"task": 1.0}])
 def test_an_impossible_rate_of_dropout_is_refused(dropout):
-    with pytest.raises(ValueError, match=r"Features.dropout must be in \[0, 1\], got"):
+    with pytest.raises(ValueError, match=r"Features.dropout must be in \[0, 1\), got"):
         Features(dropout=dropout)
 
 

@@ -204,8 +204,16 @@ def test_what_cannot_be_is_refused(flix, batch):
         EncoderDecoderModel(model.module, decoder="gredy")
     with pytest.raises(ValueError, match="Did you mean 'num_real_target_tokens'"):
         EncoderDecoderModel(model.module, loss_normalizing_factor="num_real_targets")
-    with pytest.raises(ValueError, match="label_smoothing"):
-        EncoderDecoderModel(model.module, label_smoothing=1.0)
+    for name, value in (
+        ("label_smoothing", 1.0),
+        ("label_smoothing", "0.1"),
+        ("consistency", "1"),
+        ("z_loss", -1.0),
+        ("loss_normalizing_factor", 0),
+        ("loss_normalizing_factor", True),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
+            EncoderDecoderModel(model.module, **{name: value})
     with pytest.raises(ValueError, match="one example per row"):
         model.predict_batch(params, pack(batch)[0])
     with pytest.raises(ValueError, match="give an rng"):

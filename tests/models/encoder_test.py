@@ -49,6 +49,8 @@ def test_one_output_costs_its_squared_error(make_encoder, encoder_batch):
 def test_what_makes_no_sense_is_refused(make_encoder, encoder_batch, space):
     with pytest.raises(ValueError, match="label_smoothing and z_loss are of classes"):
         EncoderModel(make_encoder(num_outputs=1), z_loss=0.1)
+    with pytest.raises(ValueError, match="consistency=1 compares .* Set --gin.CONSISTENCY=0.0"):
+        EncoderModel(make_encoder(num_outputs=1), consistency=1.0)
     with pytest.raises(ValueError, match="no head: set --gin.NUM_OUTPUTS=N, the number"):
         EncoderModel(make_encoder(head="none", num_outputs=0))
     model, params = made(make_encoder(), encoder_batch)
