@@ -24,6 +24,7 @@ from benchmarks.zero_shot import run as zero_shot_study
 
 HERE = pathlib.Path(__file__).resolve().parent
 Row = Mapping[str, Any]
+BySeed = Mapping[tuple[str, str, str], Mapping[int, float]]  # (point, method, setting)
 FORMS = ("test", "language_off", "task_off")
 
 
@@ -32,16 +33,21 @@ def seeds(store: study.Store) -> list[int]:
     return sorted({cell["config"].get("seed", 0) for cell in store.cells()})
 
 
-def scores(rows: Sequence[Row]) -> plots.Scores:
+def by_seed(rows: Sequence[Row]) -> BySeed:
     """Each seed's mean over the datasets of a setting."""
     groups: dict[tuple[str, str, str], dict[int, list[float]]] = {}
     for row in rows:
         key = (row["point"], row["method"], row["setting"])
         groups.setdefault(key, {}).setdefault(row["seed"], []).append(row["value"])
     return {
-        key: [statistics.fmean(values) for _, values in sorted(seeds.items())]
+        key: {seed: statistics.fmean(values) for seed, values in sorted(seeds.items())}
         for key, seeds in groups.items()
     }
+
+
+def scores(rows: Sequence[Row]) -> plots.Scores:
+    """The same without the seeds' names, in their order."""
+    return {key: list(values.values()) for key, values in by_seed(rows).items()}
 
 
 def table(found: plots.Scores, settings: Sequence[str]) -> str:
@@ -91,77 +97,74 @@ def zero_shot(output: pathlib.Path) -> Part:
     parts.append(_averages(cells))
     parts.append(_norms(cells, output))
     ours = {name for _, name, _ in found if name.startswith("flix")}
+    each = by_seed(rows)
     return "\n\n".join(filter(None, parts)), [
-        *_question(found, "FLix over LoRA of the same compute, seen", "seen", {"flix"}, {"lora"}),
+        *_question(each, "FLix over LoRA of the same compute, seen", "seen", {"flix"}, {"lora"}),
         *_question(
-            found,
+            each,
             "FLix over LoRA of the same compute, unseen pair",
             "unseen_pair",
             {"flix"},
             {"lora"},
         ),
         *_question(
-            found,
-            "the best FLix over the best LoRA, unseen pair",
+            each,
+            "the best FLix over the best of LoRA and task only, unseen pair",
             "unseen_pair",
             ours,
             {"lora", "lora_wide", "task_only"},
         ),
         *_question(
-            found,
+            each,
             "feature dropout over none, unseen pair",
             "unseen_pair",
             {"flix"},
             {"flix_no_dropout"},
         ),
-        *_question(found, "a shared feature over none, seen", "seen", {"flix_shared"}, {"flix"}),
+        *_question(each, "a shared feature over none, seen", "seen", {"flix_shared"}, {"flix"}),
     ]
 
 
 def _question(
-    found: plots.Scores, name: str, setting: str, ours: set[str], theirs: set[str]
+    found: BySeed, name: str, setting: str, ours: set[str], theirs: set[str]
 ) -> list[dict[str, Any]]:
-    """A goal: the mean over points of the best of ours less the best of theirs, in points of exact match, above 0.
+    """A goal: the mean over points of the best of ours less the best of theirs, in points of exact match, of the seeds
+    that both have.
 
-    `error` is the standard error of that difference over seeds, None where a side has one seed: of the differences of
-    each seed where both sides have as many, else of two independent means.
+    `error` is its standard error, from the differences of each seed, None where a point has one. It `holds` if the
+    value is above 0 by two of them.
     """
-    gaps: list[float] = []
-    variances: list[float | None] = []
+    gaps: list[dict[int, float]] = []
     for point in plots.distinct(point for point, _, _ in found):
-        sides = [
-            max(
-                (
-                    values
-                    for (at, method, of), values in found.items()
-                    if (at, of) == (point, setting) and method in side
-                ),
-                key=statistics.fmean,
-                default=[],
-            )
-            for side in (ours, theirs)
-        ]
-        if all(sides):
-            gaps.append(statistics.fmean(sides[0]) - statistics.fmean(sides[1]))
-            variances.append(_variance(*sides))
+        mine, other = (_best(found, point, setting, side) for side in (ours, theirs))
+        if shared := sorted(mine.keys() & other.keys()):
+            gaps.append({seed: mine[seed] - other[seed] for seed in shared})
     if not gaps:
         return []
-    value, error = round(statistics.fmean(gaps), 2), None
-    known = [variance for variance in variances if variance is not None]
-    if len(known) == len(gaps):
-        error = round(sum(known) ** 0.5 / len(gaps), 2)
-    title = f"{name} ({len(gaps)} points)"
-    return [{"name": title, "value": value, "goal": "> 0", "holds": value > 0, "error": error}]
+    value = statistics.fmean(statistics.fmean(gap.values()) for gap in gaps)
+    points = f"{len(gaps)} point{'s' * (len(gaps) > 1)}"
+    error = None
+    if min(map(len, gaps)) > 1:
+        if all(gap.keys() == gaps[0].keys() for gap in gaps):  # a seed may be lucky at all points
+            gaps = [{s: statistics.fmean(gap[s] for gap in gaps) for s in gaps[0]}]
+        variances = [statistics.variance(gap.values()) / len(gap) for gap in gaps]
+        error = sum(variances) ** 0.5 / len(gaps)
+    return [
+        {
+            "name": f"{name} ({points})",
+            "value": round(value, 2),
+            "goal": "> 0 by two standard errors",
+            "holds": error is not None and value > 2 * error,
+            "error": error if error is None else round(error, 2),
+        }
+    ]
 
 
-def _variance(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Of the difference of two means over seeds."""
-    if min(len(ours), len(theirs)) < 2:
-        return None
-    if len(ours) == len(theirs):
-        gaps = [one - other for one, other in zip(ours, theirs, strict=True)]
-        return statistics.variance(gaps) / len(gaps)
-    return sum(statistics.variance(values) / len(values) for values in (ours, theirs))
+def _best(found: BySeed, point: str, setting: str, side: set[str]) -> Mapping[int, float]:
+    """The best mean of some methods; of one seed only where none has several, as on the map."""
+    here = [v for (at, m, of), v in found.items() if (at, of) == (point, setting) and m in side]
+    several = [values for values in here if len(values) > 1]
+    return max(several or here, key=lambda values: statistics.fmean(values.values()), default={})
 
 
 Chosen = Sequence[tuple[zero_shot_study.Cell, study.Found]]
@@ -261,9 +264,8 @@ def family(output: pathlib.Path) -> Part:
         plots.draw_heat(weights, skills, title, output / "routing.svg")
     goals: list[dict[str, Any]] = []
     if few:
-        means = {
-            key[:2]: v for key, v in scores([{**row, "setting": "new"} for row in few]).items()
-        }
+        each = by_seed([{**row, "setting": "new"} for row in few])
+        means = {(at, method): list(values.values()) for (at, method, _), values in each.items()}
         for target in plots.distinct(point.partition(",")[0] for point, _ in means):
             lines: dict[str, list[tuple[float, float]]] = {}
             for (point, method), values in means.items():
@@ -277,7 +279,6 @@ def family(output: pathlib.Path) -> Part:
                 f"exact match, new {target}, %",
                 output / name,
             )
-        shown = {(point, method, "new"): values for (point, method), values in means.items()}
         parts.append(_across(means))
         for title, ours, theirs in (
             ("Poly-S over Polytropon, few-shot", "poly_s", "polytropon"),
@@ -292,8 +293,8 @@ def family(output: pathlib.Path) -> Part:
             ("mu over Poly-S, few-shot", "mu", "poly_s"),
             ("z over Poly-S, few-shot", "z", "poly_s"),
         ):
-            goals += _question(shown, title, "new", {ours}, {theirs})
-    found = scores(many)
+            goals += _question(each, title, "new", {ours}, {theirs})
+    each = by_seed(many)
     for title, ours, theirs in (
         ("AdaMix over LoRA, seen", "adamix_lora", "lora"),
         ("AdaMix over bottlenecks, seen", "adamix_adapter", "pfeiffer"),
@@ -307,7 +308,7 @@ def family(output: pathlib.Path) -> Part:
         ("FLix x AdaMix over FLix, seen", "flix_adamix", "flix"),
         ("Polytropon routed by task over by dataset, seen", "polytropon_by_task", "polytropon"),
     ):
-        goals += _question(found, title, "seen", {ours}, {theirs})
+        goals += _question(each, title, "seen", {ours}, {theirs})
     return "\n\n".join(parts), goals
 
 
@@ -340,7 +341,10 @@ def mtop6(output: pathlib.Path) -> Part:
         of_metric = [row for row in rows if row["metric"] == metric]
         parts += [f"{metric.replace('_', ' ').capitalize()}:", _by_language(of_metric)]
     found = scores([row for row in rows if row["metric"] == "exact_match"])
-    structure = scores([row for row in rows if row["metric"] == "structure_match"])
+    exact, structure = (
+        by_seed([row for row in rows if row["metric"] == metric])
+        for metric in ("exact_match", "structure_match")
+    )
     plots.draw_bars(found, output / "mtop6.svg", ("seen", "unseen_pair"))
     goals: list[dict[str, Any]] = []
     ours, loras = "flix_shared_language_dropout", {"lora_4", "lora_16", "lora_64"}
@@ -350,7 +354,7 @@ def mtop6(output: pathlib.Path) -> Part:
         ("mtop6: ours over FLix, held out", "unseen_pair", ours, {"flix"}),
         ("mtop6: ours over the best LoRA, held out", "unseen_pair", ours, loras),
     ):
-        goals += _question(found, title, setting, {one}, other)
+        goals += _question(exact, title, setting, {one}, other)
         goals += _question(structure, f"{title}, structure", setting, {one}, other)
     return "\n\n".join(parts), goals
 

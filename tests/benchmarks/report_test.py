@@ -58,9 +58,9 @@ def test_tables_plots_and_goals(folder, capsys):
     out = capsys.readouterr().out.splitlines()
     assert "family has no results yet" in out
     goals = {goal["name"]: goal for goal in json.loads(out[-1])["goals"]}
-    gap = goals["FLix over LoRA of the same compute, seen (1 points)"]
+    gap = goals["FLix over LoRA of the same compute, seen (1 point)"]
     assert gap["value"] == 20.0 and gap["holds"]
-    gap = goals["FLix over LoRA of the same compute, unseen pair (1 points)"]
+    gap = goals["FLix over LoRA of the same compute, unseen pair (1 point)"]
     assert gap["value"] == -20.0 and not gap["holds"]
     text = (folder / "out" / "tables.md").read_text()
     assert "| flix | 61.0 ± 1.0 | 40.0 ± 0.0 | 7.0 ± 0.0 | 2 |" in text
@@ -159,21 +159,41 @@ def test_real_data_has_tables_by_language_and_its_questions(folder):
     assert "| first | de | en | fr | (es) | (hi) | (th) | trained | held out | seeds |" in text
     assert "| flix | 32.0 | 30.0 | 34.0 | 9.0 | 0.0 | 3.0 | 32.0 | 4.0 | 1 |" in text
     values = {goal["name"]: goal["value"] for goal in goals}
-    assert values["mtop6: ours over LoRA of the same compute, seen (1 points)"] == 5.0
-    assert values["mtop6: ours over FLix, held out (1 points)"] == 0.0
+    assert values["mtop6: ours over LoRA of the same compute, seen (1 point)"] == 5.0
+    assert values["mtop6: ours over FLix, held out (1 point)"] == 0.0
     assert "<svg" in (folder / "out" / "mtop6.svg").read_text()
 
 
 def test_a_question_is_answered_with_its_standard_error():
-    def asked(ours, theirs):
-        found = {("p", "a", "seen"): ours, ("p", "b", "seen"): theirs, ("q", "b", "seen"): [1.0]}
-        (goal,) = report._question(found, "a over b", "seen", {"a"}, {"b"})
+    def asked(*sides, point="p"):
+        each = [dict(side) if isinstance(side, dict) else dict(enumerate(side)) for side in sides]
+        return {(point, name, "seen"): values for name, values in zip("abc", each, strict=False)}
+
+    def answer(found, ours=("a",), theirs=("b",)):
+        (goal,) = report._question(found, "a over b", "seen", set(ours), set(theirs))
         return goal
 
-    goal = asked([3.0, 5.0, 7.0], [2.0, 3.0, 7.0])
-    assert (goal["name"], goal["value"], goal["holds"]) == ("a over b (1 points)", 1.0, True)
-    # Differences of 1, 2 and 0: their deviation is 1.
-    assert goal["error"] == round(1 / 3**0.5, 2)
-    # Not in pairs: variances of 4 and 2, of three and two seeds.
-    assert asked([3.0, 5.0, 7.0], [2.0, 4.0])["error"] == round((4 / 3 + 2 / 2) ** 0.5, 2)
-    assert asked([3.0, 5.0], [2.0])["error"] is None
+    goal = answer(asked([3.0, 5.0, 7.0], [2.0, 3.0, 7.0]) | {("q", "b", "seen"): {0: 1.0}})
+    # Differences of 1, 2 and 0: their deviation is 1, and 1 is less than twice its error.
+    assert goal == {
+        "name": "a over b (1 point)",
+        "value": 1.0,
+        "goal": "> 0 by two standard errors",
+        "holds": False,
+        "error": round(1 / 3**0.5, 2),
+    }
+    assert answer(asked([13.0, 15.0, 17.0], [2.0, 3.0, 7.0]))["holds"]
+    # The seeds that both have, and no answer from one.
+    goal = answer(asked({0: 9.0, 1: 3.0, 2: 5.0}, {1: 2.0, 2: 3.0}))
+    assert (goal["value"], goal["error"]) == (1.5, 0.5) and goal["holds"]
+    goal = answer(asked([9.0, 5.0], [2.0]))
+    assert (goal["value"], goal["error"], goal["holds"]) == (7.0, None, False)
+    # A seed's mean over points where all have the same seeds, else each point by itself.
+    first, same = asked([3.0, 5.0], [0.0, 0.0]), asked([5.0, 3.0], [0.0, 0.0], point="q")
+    goal = answer(first | same)
+    assert (goal["name"], goal["value"], goal["error"]) == ("a over b (2 points)", 4.0, 0.0)
+    other = asked({1: 5.0, 2: 3.0}, {1: 0.0, 2: 0.0}, point="q")
+    assert answer(first | other)["error"] == round((1 + 1) ** 0.5 / 2, 2)
+    # The best of a side has several seeds, if one has.
+    goal = answer(asked([3.0, 5.0], [0.0, 1.0], [99.0]), ours=("a", "c"))
+    assert goal["value"] == 3.5
