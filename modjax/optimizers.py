@@ -255,7 +255,7 @@ class Optimizer:
     algorithm: optax.GradientTransformation = dataclasses.field(default_factory=adamw)
     learning_rate: float | Schedule = 1e-3
     weight_decay: float = 0.0
-    no_decay: str = r"((scale|bias|rel_embedding)|(^|/)logits)$"
+    no_decay: str = r"(scale|bias|rel_embedding|(^|/)logits)$"
     clip_norm: float | None = None
     groups: Sequence[Group] = ()
     lazy: bool = False
