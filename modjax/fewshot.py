@@ -2,8 +2,8 @@
 
 A run of it trains on a few examples of a new task or language, starting from a multi-task checkpoint or from the base,
 keeps checkpoints on the way, selects one of them by the validation split, and scores that one on the test split, which
-the selection never saw. It trains by the model's loss: the choices that T0's protocol trains against each other beside it
-(a softmax over them, and unlikelihood, arXiv 2205.05638) serve evaluation alone.
+the selection never saw. It trains by the model's loss alone: the choices that T0's protocol trains against each other
+beside it (a softmax over them, and unlikelihood, arXiv 2205.05638) serve evaluation.
 """
 
 import dataclasses
