@@ -131,6 +131,7 @@ def evaluate(
         metadata: dict[str, Any] = {"name": "base", "seed": 0, "mixture": None}
         step = 0
     else:
+        checkpoint_path = str(checkpoints.locate(checkpoint_path))  # a training may go on beside
         model, params, metadata, step = initialize.restore(
             model, checkpoint_path, weights, base_dtype
         )
@@ -183,7 +184,7 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     trimmed = {name: count for name, count in found.trimmed.items() if count}
     run = {
-        "checkpoint": checkpoint_path and str(checkpoints.locate(checkpoint_path)),
+        "checkpoint": checkpoint_path,
         "step": step,
         "method": found.rows[0]["method"],
         "seed": found.rows[0]["seed"],

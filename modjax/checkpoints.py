@@ -77,6 +77,12 @@ def check_writable(model_dir: str | os.PathLike[str], needed_bytes: int = 0) -> 
     Raises:
       CheckpointError: if it cannot be created or written, or has less room than `needed_bytes`.
     """
+    if "://" in str(model_dir) or str(model_dir).startswith("~"):
+        raise CheckpointError(
+            f"{model_dir} is no path of a folder here: give its whole path, and mount a bucket to write into one"
+        )
+    if (pathlib.Path(model_dir) / "trained").exists():
+        raise CheckpointError(f"{model_dir} is a checkpoint: name a run's folder, not one in it")
     try:
         os.makedirs(model_dir, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=model_dir, prefix=".probe") as probe:

@@ -28,6 +28,12 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raises ConfigError unless a setting is True or False; any text would count as True."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}.")
+
+
 def nearest(name: str, known: Iterable[str], limit: int = 20) -> str:
     """A sentence for an error about an unknown `name`: the closest known name, then the known ones.
 

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from modjax import adapters, checkpoints, memo, optimizers, partitioning, provenance, quantization
 from modjax.adapters.routing import DATASET
-from modjax.errors import nearest
+from modjax.errors import check_bool, nearest
 from modjax.features import FeatureSpace, as_values
 
 RANDOM = "random"
@@ -39,6 +39,8 @@ class Start:
     freeze_known: bool = False
 
     def __post_init__(self) -> None:
+        check_bool("Start.collapse", self.collapse)
+        check_bool("Start.freeze_known", self.freeze_known)
         if self.collapse and (self.new_from or self.freeze_known):
             raise ValueError(
                 "Start.collapse makes one module of all, so that Start.new_from and Start.freeze_known mean nothing."

@@ -149,6 +149,7 @@ class Group:
     name: str = ""
 
     def __post_init__(self) -> None:
+        errors.check_bool(f"Group({self.pattern!r}).train", self.train)
         numbers = {"multiplier": self.multiplier, "weight_decay": self.weight_decay}
         if not callable(self.learning_rate):
             numbers["learning_rate"] = self.learning_rate
@@ -264,6 +265,7 @@ class Optimizer:
         if not callable(self.learning_rate):
             errors.check_not_negative("Optimizer.learning_rate", self.learning_rate)
         errors.check_not_negative("Optimizer.weight_decay", self.weight_decay)
+        errors.check_bool("Optimizer.lazy", self.lazy)
         clip = self.clip_norm
         if clip is not None and (not errors.is_number(clip) or not clip > 0):
             raise errors.ConfigError(

@@ -327,6 +327,16 @@ def test_a_validation_that_cannot_be_is_refused_at_the_start(
         ({"MIXTURE_OR_TASK_NAME": "tyo"}, "Did you mean 'toy'"),
         ({"BASE": "/nowhere"}, "/nowhere does not exist"),
         ({"MODEL_DIR": "/proc/run"}, "MODEL_DIR /proc/run cannot be written"),
+        ({"MODEL_DIR": "gs://bucket/run"}, "gs://bucket/run is no path of a folder here"),
+        ({"MODEL_DIR": "~/run"}, "~/run is no path of a folder here"),
+        (
+            {"USE_CACHED_TASKS": "False"},
+            "train.use_cached_tasks must be True or False, got 'False'",
+        ),
+        ({"train__train__pack": "False"}, "train.pack must be True or False, got 'False'"),
+        ({"LAZY": "False"}, "Optimizer.lazy must be True or False, got 'False'"),
+        ({"SCAN_LAYERS": "False"}, "T5Config.scan_layers must be True or False, got 'False'"),
+        ({"initialize__Start__freeze_known": "False"}, "Start.freeze_known must be True or False"),
         ({"train__train__export_dir": "out"}, "export_dir gets a base that was trained itself"),
         ({"train__train__keep_checkpoints": 0}, "keep_checkpoints is at least 1, or None"),
         ({"EVAL_STEPS": 1, "train__train__eval_split": "tset"}, "has no split 'tset'"),
@@ -344,6 +354,24 @@ def test_what_does_not_fit_is_refused_before_the_first_step(adapted, tmp_path, m
         train(*FLIX, **options)
     assert message in str(error.value)
     assert checkpoints.steps(folder) == [8]
+
+
+def test_a_run_begins_in_no_checkpoint_and_exports_over_nothing(adapted, pretrained, tmp_path):
+    folder, _, options = adapted
+    inside = checkpoints.locate(folder)
+    with pytest.raises(
+        checkpoints.CheckpointError, match="_8 is a checkpoint: name a run's folder"
+    ):
+        train(*FLIX, MODEL_DIR=inside, **options)
+    base = pretrained[0] / "base"
+    before = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    files = ("runs/finetune.gin", "bases/folder.gin", "methods/full.gin")
+    with pytest.raises(launch.ConfigError, match="holds something already, which a new run's base"):
+        train(
+            *files, BASE=base, MODEL_DIR=tmp_path, TRAIN_STEPS=1, train__train__export_dir=str(base)
+        )
+    assert before == {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    assert not checkpoints.steps(tmp_path)
 
 
 def test_a_base_of_another_size_or_vocabulary_is_refused(pretrained, tmp_path):

@@ -29,8 +29,13 @@ class _Entry:
     arguments: dict[str, Any]  # as `add_task` was given them, but for the source
 
 
-# Names of modules beside those of features, see `modjax.adapters.Features`.
+# Names of modules beside those of features, see `modjax.adapters.Features`, and of what `modjax.adapters.compose` and
+# `merge` take beside features.
 _RESERVED = {"dataset": "the dataset's own name", "shared": "what all examples have in common"}
+_RESERVED |= dict.fromkeys(
+    ("adapted", "adapters", "base", "dequantize", "name"),
+    "an argument of adapters.compose and merge, which take features by name",
+)
 
 _ENTRIES: dict[str, _Entry] = {}
 _ORIGINS: dict[str, str] = {}  # of copies with fewer examples: whose

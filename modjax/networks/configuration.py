@@ -1,6 +1,7 @@
 """What the networks' configurations have in common: fields that a run chooses, and how fields are checked."""
 
 import contextlib
+import dataclasses
 import numbers
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from modjax import partitioning
-from modjax.errors import is_number, nearest
+from modjax.errors import check_bool, is_number, nearest
 from modjax.networks import fused, layers
 
 _sent = jax.checkpoint_policies.save_only_these_names(partitioning.SENT)
@@ -69,6 +70,9 @@ def check(config: Any, sizes: Sequence[str]) -> None:
     with contextlib.suppress(TypeError):  # what is no type is refused below
         object.__setattr__(config, "dtype", jnp.dtype(config.dtype).name)
     require(config, config.dtype in DTYPES, "dtype", f"must be one of {DTYPES}")
+    for field in dataclasses.fields(config):
+        if isinstance(field.default, bool):
+            check_bool(f"{type(config).__name__}.{field.name}", getattr(config, field.name))
     for name in sizes:
         require_integer(config, name)
         require(config, getattr(config, name) >= 1, name, "must be at least 1")
