@@ -42,7 +42,7 @@ def evaluate(
     method: str = "",
     split: str = "test",
     mixture_or_task_module: str | Sequence[str] | None = None,
-    train_mixture: str | None = None,
+    train_mixture: str | Mapping[str, Any] | None = None,
     seed: int | None = None,
     random_seed: int = 0,
     base_dtype: str | None = None,
@@ -70,7 +70,8 @@ def evaluate(
         the base itself.
       method: the name of the results, that of the checkpoint if empty.
       split: which split of each task.
-      train_mixture: decides which datasets were seen; the checkpoint's own if None, none if "".
+      train_mixture: decides which datasets were seen: a mixture, or what `registry.trained_by` gives. If None, all that
+        the checkpoint was trained on, and the one that it started from; none if "".
       seed: of the trained run, for the results; the checkpoint's own if None.
       random_seed: of sampling.
       base_dtype: precision that the frozen base is kept in: "float32", "bfloat16" or "int8"; None
@@ -140,7 +141,9 @@ def evaluate(
     del weights  # which the parameters may be a smaller copy of
     params = initialize.place(model, params, mesh, partitioner)
 
-    trained_on = metadata["mixture"] if train_mixture is None else train_mixture
+    trained_on = train_mixture
+    if train_mixture is None:
+        trained_on = metadata.get("trained_on", metadata["mixture"])
     if not trained_on:
         settings = dict.fromkeys(tasks, "unseen_task")
     else:

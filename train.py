@@ -157,6 +157,10 @@ def train(
     if stored is not None:
         known = FeatureSpace.from_json(stored["space"])
         space = initialize.resolve_space(space, known, bool(own), checkpoints.locate(source))
+    trained_on = registry.trained_by(mixture_or_task_name)
+    if stored is not None:
+        where = str(checkpoints.locate(source))
+        trained_on = registry.also_trained(stored.get("trained_on", {}), trained_on, where)
     model = model.with_space(space)
     described = filter(registry.has_metadata, registry.tasks_of(mixture_or_task_name))
     initialize.check_routed(
@@ -206,7 +210,8 @@ def train(
         "method": adapters.describe_method(model.adapted) if model.adapted else "full",
         "space": space.to_json(),
         "base": provenance.fingerprint(frozen),
-        "mixture": registry.trained_by(mixture_or_task_name),
+        "mixture": registry.origin_of(mixture_or_task_name),
+        "trained_on": trained_on,
         "name": method,
         "seed": random_seed,
         "gin": operative_config(),

@@ -115,9 +115,10 @@ def adapt(
     for task in tasks:
         registry.check_has(task, protocol.splits(), protocol.metric)
     # What was seen when nothing had been trained here yet.
-    before = ""
+    before: Any = ""
     if initial_checkpoint_path and not hub.is_base(initial_checkpoint_path):
-        before = checkpoints.read_metadata(initial_checkpoint_path)["mixture"]
+        stored = checkpoints.read_metadata(initial_checkpoint_path)
+        before = stored.get("trained_on", stored["mixture"])
     _keep(protocol, initial_checkpoint_path, pathlib.Path(model_dir))
     rows: list[dict[str, Any]] = []
     for seed in protocol.seeds:

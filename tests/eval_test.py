@@ -189,6 +189,10 @@ def test_a_value_renamed_since_training_is_refused_and_not_scored_as_seen(
     renamed(monkeypatch, "SWH")
     assert evaluate(run, tmp_path / "out") == 2
     said = capsys.readouterr().err
+    assert "'toy_copy_sw': its language is ['SWH'] here, and was ['sw'] in training" in said
+    # Where a mixture says what was trained, by its tasks as they are registered now.
+    assert evaluate(run, tmp_path / "out", eval__evaluate__train_mixture="toy") == 2
+    said = capsys.readouterr().err
     assert "task 'toy_copy_sw': language 'SWH' is unknown to the checkpoint" in said
     assert "'seen'" in said and "Known: en, sw." in said
     assert not (tmp_path / "out" / "results.json").exists()

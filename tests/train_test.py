@@ -251,8 +251,13 @@ def test_what_only_training_draws_need_not_be_repeated(adapted, pretrained, tmp_
     with pytest.raises(checkpoints.CheckpointError, match="router/dropout: 0.3 in the checkpoint"):
         train(*FLIX, MODEL_DIR=folder, **options)
     options |= {"INITIAL_CHECKPOINT_PATH": folder, "LEARNING_RATE": 0.0, "TRAIN_STEPS": 1}
+    options |= {"MIXTURE_OR_TASK_NAME": "toy_copy"}
     for path, value in train(*FLIX, MODEL_DIR=tmp_path, **options).items():
         np.testing.assert_array_equal(value, trained[path])
+    # What it started from had trained more, and has not become unseen.
+    trained_on = checkpoints.read_metadata(tmp_path)["trained_on"]
+    assert set(trained_on) == set(registry.tasks_of("toy"))
+    assert set(registry.seen_settings(trained_on, "toy").values()) == {"seen"}
 
 
 @pytest.fixture

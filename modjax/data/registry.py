@@ -37,6 +37,9 @@ _RESERVED |= dict.fromkeys(
     "an argument of adapters.compose and merge, which take features by name",
 )
 
+# Datasets and their features, see `trained_by`.
+Trained = Mapping[str, Mapping[str, Sequence[str]] | None]
+
 _ENTRIES: dict[str, _Entry] = {}
 _ORIGINS: dict[str, str] = {}  # of copies with fewer examples: whose
 
@@ -252,12 +255,47 @@ def feature_space(
     return FeatureSpace.from_metadata(rows)
 
 
-def trained_by(mixture_or_task: str) -> str | list[str]:
-    """What a run trains, for `seen_settings`: the mixture, or the tasks of it that have a split "train", where some,
-    which SeqIO leaves out, have none. In names that outlive this process."""
-    tasks = tasks_of(mixture_or_task)
-    there = [task for task in tasks if "train" in seqio.TaskRegistry.get(task).splits]
-    return origin_of(mixture_or_task) if there == tasks else [origin_of(task) for task in there]
+def trained_by(mixture_or_task: str) -> dict[str, dict[str, list[str]] | None]:
+    """What a run trains, JSON-able: `{dataset: {feature: its values}}`, None for a dataset without features.
+
+    Those are the tasks with a split "train" and a rate above 0, by names that outlive this process.
+    """
+    whole = _get(mixture_or_task)
+    found: dict[str, dict[str, list[str]] | None] = {}
+    for name in tasks_of(mixture_or_task):
+        task = seqio.TaskRegistry.get(name)
+        rate = whole.get_rate(task) if isinstance(whole, seqio.Mixture) else 1
+        if "train" in task.splits and rate > 0:
+            found[origin_of(name)] = _features_of(name)
+    return found
+
+
+def also_trained(earlier: Trained, now: Trained, where: str) -> dict[str, Any]:
+    """What was trained before and what is trained now.
+
+    Raises:
+      ValueError: a dataset has other features now; `where` says where it had the earlier ones.
+    """
+    for name in earlier.keys() & now.keys():
+        _check_same_features(name, earlier[name], now[name], where)
+    return {**earlier, **now}
+
+
+def _features_of(task_name: str) -> dict[str, list[str]] | None:
+    if not has_metadata(task_name):
+        return None
+    return {f: list(as_values(v, f)) for f, v in metadata_of(task_name).items()}
+
+
+def _check_same_features(name: str, earlier: Any, now: Any, where: str) -> None:
+    if earlier is None or now is None:
+        return
+    for feature in earlier.keys() & now.keys():
+        if set(earlier[feature]) != set(now[feature]):
+            raise ValueError(
+                f"task {name!r}: its {feature} is {now[feature]} here, and was {earlier[feature]} in {where}: its "
+                "modules would be others. Give it back its metadata, or register the new one under another name."
+            )
 
 
 def with_room(space: FeatureSpace, mixture_or_task: Names) -> FeatureSpace:
@@ -275,8 +313,12 @@ def with_room(space: FeatureSpace, mixture_or_task: Names) -> FeatureSpace:
     return space.extend(slots=room)
 
 
-def seen_settings(train_mixture: Names, eval_mixture: Names) -> dict[str, str]:
+def seen_settings(trained: Names | Trained, eval_mixture: Names) -> dict[str, str]:
     """How each evaluated task relates to what was trained.
+
+    Args:
+      trained: a mixture, or several, or what `trained_by` gave.
+      eval_mixture: what is evaluated.
 
     Returns:
       For each task of `eval_mixture`: "seen" if its combination of features was trained;
@@ -285,17 +327,22 @@ def seen_settings(train_mixture: Names, eval_mixture: Names) -> dict[str, str]:
       without features are "seen" if they were trained themselves, else "unseen_task".
 
     Raises:
-      ValueError: two tasks have different features.
+      ValueError: two tasks have different features, or one has not those that it was trained with.
     """
-    trained, evaluated = tasks_of(train_mixture), tasks_of(eval_mixture)
-    if not all(has_metadata(task) for task in [*trained, *evaluated]):
-        known = {origin_of(task) for task in trained}
-        return {t: "seen" if origin_of(t) in known else "unseen_task" for t in evaluated}
+    if not isinstance(trained, Mapping):
+        trained = {origin_of(task): _features_of(task) for task in tasks_of(trained)}
+    evaluated = tasks_of(eval_mixture)
+    known = {name: row for name, row in trained.items() if row is not None}
+    if len(known) < len(trained) or not all(map(has_metadata, evaluated)):
+        return {t: "seen" if origin_of(t) in trained else "unseen_task" for t in evaluated}
+    for task in evaluated:
+        name = origin_of(task)
+        _check_same_features(name, known.get(name), _features_of(task), "training")
     # Refuses rows that cannot be compared.
-    FeatureSpace.from_metadata({t: metadata_of(t) for t in [*trained, *evaluated]})
+    FeatureSpace.from_metadata({**known, **{t: metadata_of(t) for t in evaluated}})
     combinations, values = set(), set()
-    for task in trained:
-        row = _value_sets(metadata_of(task))
+    for features in known.values():
+        row = _value_sets(features)
         combinations.add(frozenset(row.items()))
         values |= {(f, v) for f, vs in row.items() for v in vs}
     settings = {}

@@ -1,5 +1,6 @@
 """Tasks with features beside SeqIO's registry: what they carry, and what is refused."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -185,9 +186,31 @@ def test_a_run_trains_the_tasks_that_have_something_to_train_on(add):
     )
     add.mixture("reg_all", names)
     trained = registry.trained_by("reg_all")
-    assert trained == [names[0]] and registry.trained_by(names[0]) == names[0]
+    assert trained == registry.trained_by(names[0])
+    assert trained == {names[0]: {"task": ["parse"], "language": ["en"]}}
     found = registry.seen_settings(trained, "reg_all")
     assert found == {names[0]: "seen", names[1]: "unseen_language"}
+
+
+def test_what_was_trained_is_what_it_was_then(add):
+    """Not what the mixture has become, nor what has a rate of 0; and what an earlier run trained."""
+    names = grid(add, ("parse", "en"), ("tag", "sw"), ("parse", "sw"))
+    add.mixture("reg_then", [(names[0], 1.0), (names[1], 0.0), (names[2], 2.0)])
+    trained = registry.trained_by("reg_then")
+    assert set(trained) == {names[0], names[2]}
+    assert json.loads(json.dumps(trained)) == trained
+    assert registry.seen_settings(trained, names) == {
+        names[0]: "seen",
+        names[1]: "unseen_task",  # tag was not trained
+        names[2]: "seen",
+    }
+    both = registry.also_trained(registry.trained_by(names[1]), trained, "runs/a")
+    assert set(registry.seen_settings(both, names).values()) == {"seen"}
+    other = {names[0]: {"task": ["parse"], "language": ["sw"]}}
+    with pytest.raises(ValueError, match="its language is .'en'. here, and was .'sw'. in runs/a"):
+        registry.also_trained(other, trained, "runs/a")
+    with pytest.raises(ValueError, match="its language is .'en'. here, and was .'sw'. in training"):
+        registry.seen_settings(other, names)
 
 
 def test_tasks_without_features_are_seen_if_they_were_trained(add):
