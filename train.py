@@ -184,6 +184,7 @@ def train(
         eval_tasks = registry.tasks_of(eval_mixture or mixture_or_task_name)
         for task in eval_tasks:
             registry.check_has(task, (eval_split,))
+            checks.check_splits([task], eval_split, use_cached=use_cached_tasks)
             checks.check_vocabularies(task, model, tokenizer)
         eval_space = registry.with_room(space, eval_tasks)
         converters.KeyTable(eval_tasks, eval_space, "none")  # whose features cannot be used

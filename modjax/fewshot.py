@@ -162,7 +162,9 @@ def adapt(
         if jax.process_index() == 0:
             results.write_text(folder / "selection.json", json.dumps(selection, indent=1) + "\n")
         start = {"method": f"{method}_0shots", "train_mixture": before}
-        rows += evaluate(**shared, **_place(folder, 0, protocol.test_split), **start)
+        place = _place(folder, 0, protocol.test_split)
+        place["eval_output_dir"] += "_before"  # step 0 may be selected, too
+        rows += evaluate(**shared, **place, **start)
         end = {"method": f"{method}_{protocol.shots}shots"}
         rows += evaluate(**shared, **_place(folder, chosen, protocol.test_split), **end)
     if jax.process_index() == 0:

@@ -114,12 +114,11 @@ def test_z_moves_the_new_tasks_logits_alone_and_reports_the_start_and_the_select
     assert {(row["n"], row["seed"]) for row in rows} == {(64, 5)}
     written = {path.name for path in (tmp_path / "seed_5" / "eval").iterdir()}
     # The test split was read for the start and for what validation had selected, and for nothing else.
-    assert {name for name in written if name.startswith("test")} == {
-        "test_0",
-        f"test_{selection['selected']}",
-    }
-    run = json.loads((tmp_path / "seed_5" / "eval" / "test_0" / "run.json").read_text())
-    assert run["split"] == "test" and run["step"] == 0
+    selected = f"test_{selection['selected']}"
+    assert {name for name in written if name.startswith("test")} == {"test_0_before", selected}
+    for folder, step, count in (("test_0_before", 0, 0), (selected, selection["selected"], 8)):
+        run = json.loads((tmp_path / "seed_5" / "eval" / folder / "run.json").read_text())
+        assert (run["split"], run["step"], run["method"]) == ("test", step, f"poly_z_{count}shots")
     # The start has seen "turn" and "sw", but not together.
     settings = {(row["method"], row["setting"]) for row in rows}
     assert settings == {("poly_z_0shots", "unseen_pair"), ("poly_z_8shots", "seen")}

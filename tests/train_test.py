@@ -266,7 +266,7 @@ def several():
     import toy_tasks  # noqa: F401
 
     whole = seqio.TaskRegistry.get("toy_copy_en")
-    rows = {"validation": [{"inputs": "copy abc", "targets": "abc"}] * 3}
+    rows = {"validation": [{"inputs": "copy abc", "targets": "abc"}] * 3, "empty": []}
     features = {name: whole.output_features[name] for name in ("inputs", "targets")}
     steps = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
     both = {"task": "copy", "language": ["en", "sw"]}
@@ -307,6 +307,10 @@ def test_validation_may_have_more_values_at_once_than_training(adapted, tmp_path
     ("macros", "message"),
     [
         ({"train__train__eval_mixture": "toy_bare"}, "task 'toy_bare' has no metadata"),
+        (
+            {"train__train__eval_mixture": "toy_both", "train__train__eval_split": "empty"},
+            "task 'toy_both', split 'empty': Split 'empty' is empty",
+        ),
         ({"EVAL_STEPS": -1}, "train.eval_steps must be an integer of at least 0, got -1"),
         ({"EVAL_PERIOD": "2"}, "train.eval_period must be an integer of at least 0, got '2'"),
     ],

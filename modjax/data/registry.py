@@ -32,6 +32,7 @@ class _Entry:
 # Names of modules beside those of features, see `modjax.adapters.Features`, and of what `modjax.adapters.compose` and
 # `merge` take beside features.
 _RESERVED = {"dataset": "the dataset's own name", "shared": "what all examples have in common"}
+_RESERVED["pair"] = "of the setting 'unseen_pair', as 'unseen_<feature>' is that of a new value"
 _RESERVED |= dict.fromkeys(
     ("adapted", "adapters", "base", "dequantize", "name"),
     "an argument of adapters.compose and merge, which take features by name",

@@ -151,7 +151,10 @@ def _features(text: str) -> dict[str, Any]:
     for part in filter(None, text.split(",")):
         name, sign, value = part.partition("=")
         if not (name and sign and value):
-            raise HubError(f"--features {text}: {part!r} is not of the form NAME=VALUE.")
+            raise HubError(
+                f"--features {text}: {part!r} is not of the form NAME=VALUE. A value with a comma is written in "
+                """JSON, as '{"language": "Chinese, Hakka"}'."""
+            )
         found[name] = (*found.get(name, ()), value)
     return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 

@@ -135,7 +135,7 @@ def test_malformed_metadata_is_refused_naming_the_task(add, metadata):
     add("reg_bad")  # and nothing was left registered
 
 
-@pytest.mark.parametrize("feature", ["dataset", "shared", "a=b", "a,b", "name"])
+@pytest.mark.parametrize("feature", ["dataset", "shared", "a=b", "a,b", "name", "pair"])
 def test_a_feature_whose_name_means_something_else_is_refused(add, feature):
     with pytest.raises(ValueError, match=f"task 'reg_bad': .*'{feature}'.*rename it"):
         add("reg_bad", metadata={"task": "parse", feature: "red"})
