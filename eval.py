@@ -105,6 +105,9 @@ def evaluate(
     launch.import_tasks(mixture_or_task_module)
     mesh = partitioner.mesh()
     partitioning.check_batch(batch_size, mesh)
+    errors.check_bool("evaluate.use_cached_tasks", use_cached_tasks)
+    if max_examples is not None:
+        errors.check_integer("evaluate.max_examples", max_examples)
     checkpoints.check_writable(eval_output_dir)
     compare_with = [compare_with] if isinstance(compare_with, str) else compare_with
     for earlier in compare_with:

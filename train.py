@@ -132,9 +132,9 @@ def train(
     if initial_checkpoint_path and launch.same_folder(initial_checkpoint_path, base):
         initial_checkpoint_path = None  # it was the base that was meant
     errors.check_integer("train.train_steps", train_steps)
-    flags = {"use_cached_tasks": use_cached_tasks, "checkpoint_start": checkpoint_start}
-    flags |= {"tensorboard": tensorboard, "profile": profile}
-    for name, value in flags.items() if pack is None else [*flags.items(), ("pack", pack)]:
+    switches = {"use_cached_tasks": use_cached_tasks, "checkpoint_start": checkpoint_start}
+    switches |= {"tensorboard": tensorboard, "profile": profile, "pack": pack or False}
+    for name, value in switches.items():
         errors.check_bool(f"train.{name}", value)
     errors.check_integer("train.random_seed", random_seed, least=0)
     first = jax.process_index() == 0
@@ -146,10 +146,11 @@ def train(
 
     # The checkpoint to continue, the run's own first, decides the ids of the feature space.
     own = checkpoints.steps(model_dir)
-    if export_dir is not None and not own and any(pathlib.Path(export_dir).glob("*")):
+    if export_dir is not None and (
+        launch.same_folder(export_dir, base) or not own and any(pathlib.Path(export_dir).glob("*"))
+    ):
         raise launch.ConfigError(
-            f"EXPORT_DIR {export_dir} holds something already, which a new run's base would replace: name "
-            "another folder"
+            f"EXPORT_DIR {export_dir} holds something that is not this run's and would be replaced: name another folder"
         )
     source = model_dir if own else initial_checkpoint_path
     stored = checkpoints.read_metadata(source) if source else None

@@ -81,7 +81,7 @@ def check_writable(model_dir: str | os.PathLike[str], needed_bytes: int = 0) -> 
         raise CheckpointError(
             f"{model_dir} is no path of a folder here: give its whole path, and mount a bucket to write into one"
         )
-    if (pathlib.Path(model_dir) / "trained").exists():
+    if _is_one(pathlib.Path(model_dir)):
         raise CheckpointError(f"{model_dir} is a checkpoint: name a run's folder, not one in it")
     try:
         os.makedirs(model_dir, exist_ok=True)
@@ -109,6 +109,10 @@ def steps(model_dir: str | os.PathLike[str]) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def _is_one(folder: pathlib.Path) -> bool:
+    return bool(re.fullmatch(rf"{PREFIX}_\d+", folder.name)) and (folder / "trained").exists()
+
+
 def locate(path: str | os.PathLike[str], step: int | None = None) -> pathlib.Path:
     """The folder of one checkpoint: `path` itself if it is one, else that of `step` (the latest
     one) in a MODEL_DIR.
@@ -117,7 +121,7 @@ def locate(path: str | os.PathLike[str], step: int | None = None) -> pathlib.Pat
       CheckpointError: if there is none.
     """
     folder = pathlib.Path(path)
-    if re.fullmatch(rf"{PREFIX}_\d+", folder.name) and (folder / "trained").exists():
+    if _is_one(folder):
         return folder
     known = steps(folder)
     if not known:

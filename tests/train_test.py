@@ -375,12 +375,16 @@ def test_a_run_begins_in_no_checkpoint_and_exports_over_nothing(adapted, pretrai
     base = pretrained[0] / "base"
     before = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
     files = ("runs/finetune.gin", "bases/folder.gin", "methods/full.gin")
-    with pytest.raises(launch.ConfigError, match="holds something already, which a new run's base"):
+    run = {"BASE": base, "MODEL_DIR": tmp_path / "run", "TRAIN_STEPS": 1}
+    for begun in (False, True):
+        with pytest.raises(launch.ConfigError, match="holds something that is not this run's"):
+            train(*files, **run, train__train__export_dir=str(base))
+        assert before == {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+        assert bool(checkpoints.steps(tmp_path / "run")) is begun
         train(
-            *files, BASE=base, MODEL_DIR=tmp_path, TRAIN_STEPS=1, train__train__export_dir=str(base)
-        )
-    assert before == {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
-    assert not checkpoints.steps(tmp_path)
+            *files, **run, train__train__export_dir=str(tmp_path / "out")
+        )  # again where it has written itself
+    assert flat(hub.load_base(tmp_path / "out")[1]).keys() == flat(hub.load_base(base)[1]).keys()
 
 
 def test_a_base_of_another_size_or_vocabulary_is_refused(pretrained, tmp_path):

@@ -339,8 +339,10 @@ def seen_settings(trained: Names | Trained, eval_mixture: Names) -> dict[str, st
     for task in evaluated:
         name = origin_of(task)
         _check_same_features(name, known.get(name), _features_of(task), "training")
-    # Refuses rows that cannot be compared.
-    FeatureSpace.from_metadata({**known, **{t: metadata_of(t) for t in evaluated}})
+    # Refuses rows that cannot be compared. An earlier run's datasets may have had more features than a later one's.
+    names = {frozenset(metadata_of(task)) for task in evaluated}
+    alike = {name: row for name, row in known.items() if frozenset(row) in names} or known
+    FeatureSpace.from_metadata({**alike, **{t: metadata_of(t) for t in evaluated}})
     combinations, values = set(), set()
     for features in known.values():
         row = _value_sets(features)
