@@ -20,7 +20,7 @@ from modjax.adapters.rules import Mixture, Rule
 from modjax.adapters.scale import Scale
 from modjax.adapters.trees import Tree, banks, from_places, place_of, routers, within
 from modjax.errors import nearest
-from modjax.features import FeatureSpace, as_values
+from modjax.features import FeatureSpace, UnknownFeatureError, as_values
 
 
 def compose(
@@ -82,9 +82,9 @@ def compose(
 
 
 def _check_known(feature: str, value: Any, space: FeatureSpace) -> None:
-    """Raises ValueError where a space lacks a feature, or a value of it."""
+    """Raises UnknownFeatureError where a space lacks a feature, or a value of it."""
     if feature not in (*space.names, DATASET):
-        raise ValueError(
+        raise UnknownFeatureError(
             f"Unknown feature {feature!r}." + nearest(feature, (*space.names, DATASET))
         )
     for name in as_values(tuple(value) if isinstance(value, Mapping) else value, feature):

@@ -103,12 +103,6 @@ class Run:
                 )
             return {}
         assert adapted.space is not None
-        for name, values in features.items():
-            for value in (values,) if isinstance(values, str) else values or ():
-                if name == "dataset":
-                    adapted.space.dataset_id(value)
-                else:
-                    adapted.space.id(name, value)
         for rule in adapted.rules:
             rows = rule.mixture.router.rows(adapted.space)
             by = rule.mixture.router.routes_by
